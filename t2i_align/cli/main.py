@@ -1,0 +1,68 @@
+"""`t2i-align`: the verbs, and what happens to errors."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from t2i_align.cli.demo import demo
+from t2i_align.cli.doctor import doctor
+from t2i_align.cli.generate import generate
+from t2i_align.cli.playground import playground
+from t2i_align.cli.rewards import rewards
+from t2i_align.cli.score import score
+from t2i_align.config import nearest
+from t2i_align.errors import T2IError
+
+BAD_INPUT, ROWS_FAILED, INTERRUPTED = 2, 3, 130  # exit codes
+
+app = typer.Typer(
+    name="t2i-align",
+    help="Score, steer and fine-tune text-to-image diffusion models with human-preference rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for verb in (generate, score, rewards, doctor, demo):
+    app.command()(verb)
+app.add_typer(playground, name="playground")
+
+
+@app.callback(invoke_without_command=True)
+def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if show:
+        from t2i_align import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the command line; bad input ends with one sentence and exit code 2."""
+    words = sys.argv[1:] if words is None else words
+    command = typer.main.get_command(app)
+    known: list[str] = list(command.commands) if isinstance(command, click.Group) else []
+    if words and not words[0].startswith("-") and words[0] not in known:
+        _fail(f"Unknown command {words[0]!r}.{nearest(words[0], known)} Available: {', '.join(known)}.")
+    try:
+        code = command.main(words, prog_name="t2i-align", standalone_mode=False)
+    except click.ClickException as error:
+        _fail(f"{error.format_message()} See `t2i-align {' '.join(_verb(words, known))} --help`.".replace("  ", " "))
+    except (T2IError, click.UsageError) as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verb(words: list[str], known: list[str]) -> list[str]:
+    return words[:1] if words and words[0] in known else []
+
+
+def _fail(message: str) -> None:
+    print(f"t2i-align: {message}", file=sys.stderr)
+    sys.exit(BAD_INPUT)

@@ -1,0 +1,134 @@
+"""`t2i-align playground`: the embedded world, its trainings and its measurements."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option, Typer
+
+playground = Typer(
+    help="The embedded world: scenes, trainings, measurements.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+class Split(str, Enum):
+    train = "train"
+    heldout = "heldout"
+
+
+class Part(str, Enum):
+    vae = "vae"
+    sd = "sd"
+
+
+@playground.command()
+def sample(
+    out: Annotated[Path, Option(help="Folder for PNGs and prompts.jsonl.")],
+    n: Annotated[int, Option("--n", min=1, help="Scenes.")] = 100,
+    split: Annotated[
+        Split, Option(help="train, or heldout: captions with combinations never trained on.")
+    ] = Split.train,
+    seed: Annotated[int, Option(help="Names the data set.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing folder of ours.")] = False,
+) -> None:
+    """Draw scenes with their captions."""
+    from t2i_align.playground.sampling import SampleJob, run_sample
+
+    run_sample(SampleJob(n=n, split=split.value, seed=seed), out, overwrite=overwrite)
+    print(f"{n} {split.value} scenes in {out}")
+
+
+@playground.command()
+def train(
+    part: Annotated[Part, Argument(help="vae: the autoencoder; sd: text encoder and UNet.")],
+    out: Annotated[Path, Option(help="Run folder.")],
+    overrides: Annotated[
+        list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Recipe overrides, e.g. train.steps=500.")
+    ] = None,
+    vae: Annotated[
+        Path | None, Option(help="For sd: folder of a trained autoencoder. [default: the shipped one]")
+    ] = None,
+    minutes: Annotated[
+        float | None, Option(min=0, help="Stop after this much training time; --resume goes on.")
+    ] = None,
+    measure: Annotated[
+        int, Option(min=0, help="For sd: prompts per split to measure the result on; 0 for none.")
+    ] = 500,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing run.")] = False,
+) -> None:
+    """Train a part of tiny-sd from scratch, by its fixed-seed recipe."""
+    from t2i_align.pipelines.loading import find_pipeline
+
+    if part is Part.sd and vae is None:
+        vae = find_pipeline("tiny-sd") / "vae"
+    from t2i_align.playground import training
+
+    if part is Part.vae:
+        training.run_vae(out, overrides or [], minutes=minutes, resume=resume, overwrite=overwrite)
+        print(f"autoencoder in {out / 'vae'}")
+    else:
+        assert vae is not None
+        training.run_sd(out, overrides or [], vae, measure, minutes=minutes, resume=resume, overwrite=overwrite)
+        print(f"pipeline in {out / 'tiny-sd'}")
+
+
+@playground.command()
+def measure(
+    pipeline: Annotated[str, Option(help="Alias or folder of a diffusers pipeline.")] = "tiny-sd",
+    prompts: Annotated[int, Option(min=1, help="Prompts per split, one image each.")] = 500,
+    steps: Annotated[int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own]")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale. [default: the pipeline's own]")] = None,
+    grids: Annotated[Path | None, Option(help="Folder for a picture grid per split.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a pipeline by the verifier: mean gold reward by split and kind of prompt."""
+    from t2i_align.pipelines.loading import find_pipeline
+
+    find_pipeline(pipeline)
+    from t2i_align.cli.tables import print_table
+    from t2i_align.jobs import call_keywords
+    from t2i_align.pipelines import load_pipeline
+    from t2i_align.playground.measure import measure_pipeline
+
+    if grids is not None:
+        grids.mkdir(parents=True, exist_ok=True)
+    call = call_keywords(pipeline, steps, guidance)
+    rows = measure_pipeline(load_pipeline(pipeline), prompts, grid=grids, **call)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_table(rows)
+
+
+@playground.command()
+def verify(
+    scenes: Annotated[int, Option(min=2, help="Rendered scenes, half of each split.")] = 5000,
+    noise: Annotated[float, Option(min=0, help="Standard deviation of added noise, in 1/255.")] = 0.0,
+    vae: Annotated[
+        str | None, Option(help="Round trip through the autoencoder of this pipeline (alias or folder).")
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure the verifier itself on scenes whose facts are known."""
+    from t2i_align.cli.tables import print_table
+    from t2i_align.pipelines.loading import find_pipeline, load_pipeline
+    from t2i_align.playground import measure as measuring
+
+    change = measuring.noise(noise) if noise else None
+    if vae is not None:
+        find_pipeline(vae)
+        change = measuring.round_trip(load_pipeline(vae).vae, change)
+    table = measuring.measure_verifier(scenes, change=change)
+    if as_json:
+        print(json.dumps(table, indent=2))
+    else:
+        print_table(
+            [
+                {"fact": sort, **{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}}
+                for sort, row in table.items()
+            ]
+        )

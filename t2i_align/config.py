@@ -1,0 +1,160 @@
+"""Run configs: YAML plus `key=value` words -> frozen, validated objects; every problem in one message."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from t2i_align.errors import T2IError
+
+T = TypeVar("T", bound="Settings")
+
+
+class ConfigError(T2IError):
+    """A config that cannot be used; the message lists all problems at once."""
+
+
+class Settings(BaseModel):
+    """Base of every config object: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class TrainConfig(Settings):
+    """Settings of the training loop, `t2i_align.train.fit`."""
+
+    steps: int = Field(gt=0, description="optimiser updates")
+    seed: int = Field(0, description="names every random number of the run")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup: int = Field(0, ge=0, description="updates of linear warm-up")
+    decay: float = Field(
+        1.0, gt=0, le=1, description="share of the run, at its end, over which a cosine schedule falls to zero"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW momenta")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
+    max_norm: float | None = Field(1.0, gt=0, description="clip the gradient norm here; null for no clipping")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast type of the networks; weights stay fp32")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null for none")
+    checkpoint_every: int = Field(200, gt=0, description="updates between checkpoints")
+    keep: int = Field(2, gt=0, description="checkpoints kept")
+    log_every: int = Field(20, gt=0, description="updates between rows of metrics.jsonl")
+
+
+def load_config(cls: type[T], source: str | Path | Mapping[str, Any] | None, overrides: Iterable[str] = ()) -> T:
+    """Build a config object.
+
+    Args:
+        cls: the config class.
+        source: path of a YAML file, a mapping, or None for the defaults.
+        overrides: words `a.b=value`, values read as YAML; later words win.
+
+    Raises:
+        ConfigError: with one line per problem: unknown keys (with the nearest known one), wrong types, missing values.
+    """
+    data = _read(source)
+    problems: list[str] = []
+    for word in overrides:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            problems.append(f"expected an override such as 'train.steps=50' but got {word!r}")
+            continue
+        _assign(data, name.strip().split("."), parse_yaml(value), problems)
+    try:
+        made = cls.model_validate(data)
+    except ValidationError as error:
+        problems += [_explain(cls, dict(problem)) for problem in error.errors()]
+    if problems:
+        origin = f" in {source}" if isinstance(source, (str, Path)) else ""
+        raise ConfigError(f"The config{origin} has {_count(problems)}: " + "; ".join(problems) + ".")
+    return made
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML, taking `1e-4` for a number, as YAML 1.2 does and PyYAML does not."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` where something known is close to `name`, else the empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return {name: _copy(value) for name, value in source.items()}
+    path = Path(source)
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the config {path}: {error.strerror or error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"Expected the config {path} to be a mapping of names to values but got {data!r:.60}.")
+    return data
+
+
+def _copy(value: Any) -> Any:
+    return {name: _copy(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _assign(data: dict[str, Any], path: Sequence[str], value: Any, problems: list[str]) -> None:
+    for depth, part in enumerate(path[:-1]):
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            problems.append(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a block")
+            return
+        data = inner
+    data[path[-1]] = value
+
+
+def _explain(cls: type[Settings], problem: dict[str, Any]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = list(_block(cls, path[:-1]))
+        return f"unknown key {name!r}.{nearest(path[-1], known)} Known: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{name} is required"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{name}: {message}, but got {problem['input']!r}" if name else message
+
+
+def _block(cls: type[Settings], path: Sequence[str]) -> Iterable[str]:
+    """Field names of the (nested) config class at `path`."""
+    for part in path:
+        field = cls.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, Settings)):
+            return ()
+        cls = inner
+    return cls.model_fields
+
+
+def _count(problems: list[str]) -> str:
+    return "a problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -1,0 +1,96 @@
+"""Plain sampling: prompts -> images, each image keyed by (seed, prompt, particle) and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from t2i_align.errors import T2IError
+from t2i_align.keys import generator
+from t2i_align.pipelines import call_defaults, load_pipeline
+from t2i_align.prompts import Prompts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Sample(NamedTuple):
+    """One generated image: row of the prompt, its text, number among the prompt's images."""
+
+    row: int
+    prompt: str
+    particle: int
+    image: Image.Image
+
+
+def generate(
+    pipeline: str | Path | DiffusionPipeline,
+    prompts: str | Sequence[str] | Prompts,
+    *,
+    particles: int = 1,
+    seed: int = 0,
+    batch_size: int = 16,
+    **call: Any,
+) -> list[Image.Image]:
+    """Draw `particles` images of every prompt, group-major (all of the first prompt first).
+
+    An image depends on its prompt, `seed` and its number alone: not on `batch_size` (but for rounding), nor on the
+    other prompts.
+
+    Args:
+        pipeline: what `load_pipeline` takes.
+        prompts: one text or many.
+        particles: images per prompt.
+        seed: any int.
+        batch_size: images that go through the network together.
+        call: keywords of the pipeline's own `__call__` (`num_inference_steps`, `guidance_scale`, ...); for an alias or
+            a folder with a card its defaults fill in what is not given.
+    """
+    defaults = call_defaults(pipeline) if isinstance(pipeline, (str, Path)) else {}
+    pipe = load_pipeline(pipeline)
+    table = Prompts.of(prompts)
+    jobs = [(row, particle) for row in range(len(table)) for particle in range(particles)]
+    samples = generate_samples(pipe, table, jobs, seed=seed, batch_size=batch_size, **(defaults | call))
+    return [sample.image for sample in samples]
+
+
+def generate_samples(
+    pipe: DiffusionPipeline,
+    prompts: Prompts,
+    jobs: Sequence[tuple[int, int]],
+    *,
+    seed: int,
+    batch_size: int,
+    **call: Any,
+) -> Iterator[Sample]:
+    """Draw the images named by `jobs`, pairs (row of `prompts`, particle), in that order, batch by batch."""
+    if batch_size < 1:
+        raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
+    repeats = _occurrences(prompts)
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        texts = [prompts[row] for row, _ in batch]
+        # One generator per image is diffusers' own way to make an image independent of its batch mates.
+        generators = [sample_generator(seed, prompts[row], repeats[row], particle) for row, particle in batch]
+        images = pipe(texts, generator=generators, output_type="pil", **call).images
+        for (row, particle), text, image in zip(batch, texts, images, strict=True):
+            yield Sample(row, text, particle, image)
+
+
+def sample_generator(seed: int, prompt: str, repeat: int, particle: int) -> torch.Generator:
+    """The random stream of one image; `repeat` counts equal prompts of one table."""
+    return generator(seed, "sample", prompt, repeat, particle)
+
+
+def _occurrences(prompts: Prompts) -> list[int]:
+    """For each row, how many earlier rows have the same text."""
+    seen: dict[str, int] = {}
+    counts = []
+    for text in prompts.text:
+        counts.append(seen.get(text, 0))
+        seen[text] = counts[-1] + 1
+    return counts

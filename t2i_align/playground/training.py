@@ -1,0 +1,91 @@
+"""The playground's trainings as jobs: run folder in, model and `card.json` out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from t2i_align.config import Settings, load_config
+from t2i_align.errors import T2IError
+from t2i_align.pipelines import load_pipeline
+from t2i_align.playground.diffusion import DiffusionRecipe, train_diffusion
+from t2i_align.playground.measure import measure_pipeline
+from t2i_align.playground.vae import VAERecipe, train_vae
+from t2i_align.runs import environment, open_folder, read_jsonl, write_text
+
+DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 3.0}  # of tiny-sd, written into its card
+
+
+def run_vae(
+    out: Path, overrides: list[str], *, minutes: float | None = None, resume: bool = False, overwrite: bool = False
+) -> None:
+    """Train the autoencoder into `out/vae`, with `out/vae/card.json`."""
+    recipe = load_config(VAERecipe, None, overrides)
+    folder = open_folder(out, recipe, resume=resume, overwrite=overwrite)
+    train_vae(recipe, folder, minutes=minutes, resume=resume)
+    _write_card(folder / "vae", folder, recipe)
+
+
+def run_sd(
+    out: Path,
+    overrides: list[str],
+    vae: Path,
+    measure: int,
+    *,
+    minutes: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Train text encoder and UNet on the latents of `vae` into `out/tiny-sd`, measure it, write its card and grids."""
+    recipe = load_config(DiffusionRecipe, None, overrides)
+    if not (vae / "config.json").is_file():
+        raise T2IError(
+            f"Expected {vae} to be the folder of a trained autoencoder; make one with `playground train vae`."
+        )
+    folder = open_folder(out, recipe, resume=resume, overwrite=overwrite)
+    autoencoder = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)
+    train_diffusion(recipe, autoencoder, folder, minutes=minutes, resume=resume)
+    made = folder / "tiny-sd"
+    metrics: dict[str, Any] = {}
+    if measure:
+        table = measure_pipeline(load_pipeline(made), measure, grid=folder, **DEFAULTS)
+        metrics = {"gold": table, "prompts_per_split": measure}
+    card = vae / "card.json"
+    if card.is_file():
+        metrics["vae"] = json.loads(card.read_text(encoding="utf-8"))
+        (made / "vae" / "card.json").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+    _write_card(made, folder, recipe, defaults=DEFAULTS, metrics=metrics)
+
+
+def _write_card(model: Path, run: Path, recipe: Settings, **more: Any) -> None:
+    """What a model is and how it came to be."""
+    rows = read_jsonl(run / "metrics.jsonl")
+    last = rows[-1] if rows else {}
+    curve = [row for index, row in enumerate(rows) if index % max(1, len(rows) // 20) == 0]
+    card = {
+        "steps": last.get("step"),
+        "minutes": round(last.get("seconds", 0) / 60, 1),
+        "losses": last,
+        "curve": [{name: row[name] for name in ("step", "loss")} for row in curve],
+        "recipe": recipe.model_dump(mode="json"),
+        "commit": _commit(),
+        "environment": environment(),
+        "license": "Apache-2.0",
+        **more,
+    }
+    write_text(model / "card.json", json.dumps(card, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The commit of the checkout the code runs from, or `unknown`."""
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
