@@ -62,11 +62,16 @@ def load_pipeline(
     if isinstance(pipeline, DiffusionPipeline):
         return pipeline
     import torch
+    from diffusers.utils import logging
 
     folder = find_pipeline(pipeline)
-    loaded = DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype or torch.float32, local_files_only=True, safety_checker=None
-    )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would draw over ours
+    try:
+        loaded = DiffusionPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     loaded.set_progress_bar_config(disable=True)
     return loaded.to(device)
 

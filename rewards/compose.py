@@ -123,7 +123,7 @@ def parse_expression(text: str) -> list[tuple[float, str]]:
             if words[at + 1 : at + 2] != ["*"] or at + 2 >= len(words):
                 break
             at += 2
-        if words[at] in ("+", "-", "*") or _number(words[at]) is not None:
+        if any(sign in words[at] for sign in "+*") or words[at] == "-" or _number(words[at]) is not None:
             break
         terms.append((sign * (1.0 if weight is None else weight), words[at]))
         at += 1

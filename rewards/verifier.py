@@ -134,12 +134,10 @@ def _identify(
     colour = list(RGB)[best] if votes[best] > core.sum() / 2 else "unknown"
 
     # How much of each pixel the object covers, from where its colour lies between the background's and its own.
-    own = np.median(patch[core], axis=0)
-    line = own - ground
+    line = np.median(patch[core], axis=0) - ground
+    partly = np.clip(((patch - ground) @ line) / max(float(line @ line), 1e-6), 0, 1) * ndimage.binary_dilation(inside)
     cover = np.zeros((SIZE, SIZE), np.float32)
-    cover[window] = np.clip(((patch - ground) @ line) / max(float(line @ line), 1e-6), 0, 1) * ndimage.binary_dilation(
-        inside
-    )
+    cover[window] = partly if line @ line > FOREGROUND**2 / 4 else inside  # no such line through a many-coloured blob
     area = float(cover.sum())
     y, x = ndimage.center_of_mass(cover)
     axis = np.linspace(-EXTENT, EXTENT, TEMPLATE) * np.sqrt(area)

@@ -14,7 +14,7 @@ from t2i_align.generation import generate_samples
 from t2i_align.pipelines import call_defaults, load_pipeline
 from t2i_align.progress import Progress
 from t2i_align.prompts import Prompts
-from t2i_align.runs import append_jsonl, open_folder, read_jsonl
+from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
 
 SHEET_ROWS = 50  # prompts on a contact sheet
 
@@ -57,6 +57,7 @@ def run_generate(
     (folder / "images").mkdir(exist_ok=True)
     results = folder / "results.jsonl"
     rows = [row for row in read_jsonl(results) if (folder / row["image"]).is_file()]
+    write_jsonl(results, rows)  # without rows whose images are gone
     done = {(row["row"], row["particle"]) for row in rows}
     table = Prompts(job.prompts)
     jobs = [(row, p) for row in range(len(table)) for p in range(job.particles) if (row, p) not in done]

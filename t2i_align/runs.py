@@ -107,6 +107,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to a jsonl file and flush them to the system."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+        file.write(_to_jsonl(rows))
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a jsonl file atomically."""
+    write_text(path, _to_jsonl(rows))
+
+
+def _to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

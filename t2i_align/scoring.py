@@ -20,7 +20,7 @@ from t2i_align.errors import T2IError
 from t2i_align.progress import Progress
 from t2i_align.prompts import PROMPT_COLUMNS, TABLES, find_column, read_table
 from t2i_align.rewards import Scorer
-from t2i_align.runs import append_jsonl, environment, read_jsonl, write_text
+from t2i_align.runs import append_jsonl, environment, read_jsonl, write_jsonl, write_text
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "file")
 LISTINGS = ("results.jsonl", "prompts.jsonl")  # what `generate` and `playground sample` write into their folders
@@ -130,8 +130,7 @@ def _resume(out: Path, partial: Path, job: str, resume: bool, overwrite: bool) -
         raise T2IError(
             f"{partial} belongs to a job with other images, prompts or rewards; pass --overwrite to replace it."
         )
-    append = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(partial, append)  # without a last line that was cut short
+    write_jsonl(partial, rows)  # without a last line that was cut short
     return rows[1:]
 
 
@@ -213,7 +212,7 @@ def _add_error(row: dict[str, Any], message: str) -> None:
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """Write rows as `.parquet`, `.csv` or `.jsonl`, atomically."""
     if path.suffix.lower() == ".jsonl":
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_jsonl(path, rows)
         return
     names = list(dict.fromkeys(name for row in rows for name in row))
     if path.suffix.lower() == ".csv":

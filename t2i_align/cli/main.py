@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any, NoReturn
 
-import click
 import typer
 
 from t2i_align.cli.demo import demo
@@ -16,6 +17,7 @@ from t2i_align.cli.score import score
 from t2i_align.config import nearest
 from t2i_align.errors import T2IError
 
+QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 BAD_INPUT, ROWS_FAILED, INTERRUPTED = 2, 3, 130  # exit codes
 
 app = typer.Typer(
@@ -43,26 +45,26 @@ def version(show: bool = typer.Option(False, "--version", help="Print the versio
 def main(words: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
     words = sys.argv[1:] if words is None else words
-    command = typer.main.get_command(app)
-    known: list[str] = list(command.commands) if isinstance(command, click.Group) else []
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    command: Any = typer.main.get_command(app)
+    known: list[str] = list(command.commands)
     if words and not words[0].startswith("-") and words[0] not in known:
         _fail(f"Unknown command {words[0]!r}.{nearest(words[0], known)} Available: {', '.join(known)}.")
     try:
         code = command.main(words, prog_name="t2i-align", standalone_mode=False)
-    except click.ClickException as error:
-        _fail(f"{error.format_message()} See `t2i-align {' '.join(_verb(words, known))} --help`.".replace("  ", " "))
-    except (T2IError, click.UsageError) as error:
+    except typer.TyperException as error:
+        verb = f" {words[0]}" if words and words[0] in known else ""
+        _fail(f"{error.format_message().rstrip('.')}. See `t2i-align{verb} --help`.")
+    except T2IError as error:
         _fail(str(error))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         print("Interrupted.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _verb(words: list[str], known: list[str]) -> list[str]:
-    return words[:1] if words and words[0] in known else []
-
-
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"t2i-align: {message}", file=sys.stderr)
     sys.exit(BAD_INPUT)

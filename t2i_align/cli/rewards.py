@@ -9,7 +9,10 @@ from typer import Option
 
 
 def rewards(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
-    """List the scorers: what they need, whether gradients pass, licence, whether the weights are here."""
+    """List the scorers.
+
+    What they need, whether gradients pass, their licence, and whether their weights are here.
+    """
     from t2i_align.rewards import SCORERS, scorer_class
 
     rows = [_row(scorer_class(name)) for name in SCORERS]

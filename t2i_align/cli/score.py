@@ -25,7 +25,10 @@ def score(
     resume: Annotated[bool, Option("--resume", help="Go on with an interrupted job.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing table.")] = False,
 ) -> None:
-    """Score images with one or more rewards; rows that fail are reported and the exit code is 3."""
+    """Score images with rewards.
+
+    Rows that fail are reported; the exit code is then 3.
+    """
     from t2i_align.cli.main import ROWS_FAILED
     from t2i_align.rewards import check_reward, load_reward
 

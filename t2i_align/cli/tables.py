@@ -27,4 +27,6 @@ def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -63,15 +63,19 @@ def measure_pipeline(
             contact_sheet(shown[:48], 12, zoom=2).save(grid / f"{split}.png")
         for kind in (*KINDS, "all"):
             mine = [r for r, caption in zip(reports, captions, strict=True) if kind in (caption.kind, "all")]
-            rows.append({"split": split, "kind": kind, "prompts": len(mine)} | _rates(mine))
+            if mine:
+                rows.append({"split": split, "kind": kind, "prompts": len(mine)} | _rates(mine))
     return rows
 
 
-def _rates(reports: list[Any]) -> dict[str, float]:
-    rates = {"gold": fmean(r.score for r in reports), "all_facts": fmean(r.score == 1 for r in reports)}
+def _rates(reports: list[Any]) -> dict[str, float | None]:
+    rates: dict[str, float | None] = {
+        "gold": fmean(r.score for r in reports),
+        "all_facts": fmean(r.score == 1 for r in reports),
+    }
     for sort in ("object", "count", "relation", "background"):
         checks = [holds for r in reports for fact, holds in r.checks if fact.kind == sort]
-        rates[sort] = fmean(checks) if checks else float("nan")
+        rates[sort] = fmean(checks) if checks else None
     return rates
 
 

@@ -48,7 +48,7 @@ def run_sd(
             f"Expected {vae} to be the folder of a trained autoencoder; make one with `playground train vae`."
         )
     folder = open_folder(out, recipe, resume=resume, overwrite=overwrite)
-    autoencoder = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)
+    autoencoder = AutoencoderKL.from_pretrained(vae, dtype=torch.float32)
     train_diffusion(recipe, autoencoder, folder, minutes=minutes, resume=resume)
     made = folder / "tiny-sd"
     metrics: dict[str, Any] = {}

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+
+import t2i_align as t2i
+from t2i_align.generation import generate_samples
+from t2i_align.prompts import Prompts
+
+CALL = {"num_inference_steps": 4, "guidance_scale": 3.0}
+PROMPTS = ["a red circle", "two green stars", "a red circle"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return t2i.load_pipeline("tiny-sd")
+
+
+def arrays(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_images_depend_on_prompt_seed_and_number_alone(pipe):
+    whole = arrays(t2i.generate(pipe, PROMPTS, particles=3, seed=1, batch_size=9, **CALL))
+    pieces = arrays(t2i.generate(pipe, PROMPTS, particles=3, seed=1, batch_size=2, **CALL))
+    alone = arrays(t2i.generate(pipe, PROMPTS[1], particles=2, seed=1, **CALL))
+    assert abs(whole - pieces).max() <= 1  # rounding of differently sized batches
+    assert abs(whole[3:5] - alone).max() <= 1
+    assert abs(whole - arrays(t2i.generate(pipe, PROMPTS, particles=3, seed=2, **CALL))).max() > 30
+
+
+def test_equal_prompts_of_one_table_get_different_images(pipe):
+    images = arrays(t2i.generate(pipe, PROMPTS, particles=1, **CALL))
+    assert abs(images[0] - images[2]).max() > 30
+
+
+def test_the_global_random_state_plays_no_part(pipe):
+    torch.manual_seed(1)
+    first = arrays(t2i.generate(pipe, "a red circle", **CALL))
+    torch.manual_seed(2)
+    assert (first == arrays(t2i.generate(pipe, "a red circle", **CALL))).all()
+
+
+def test_jobs_name_the_images_wanted(pipe):
+    table = Prompts(("a red circle", "two green stars"))
+    samples = list(generate_samples(pipe, table, [(1, 2), (0, 0)], seed=0, batch_size=8, **CALL))
+    assert [(s.row, s.particle, s.prompt) for s in samples] == [(1, 2, "two green stars"), (0, 0, "a red circle")]
+
+
+def test_an_alias_brings_its_defaults():
+    (image,) = t2i.generate("tiny-sd", "a red circle", seed=3)
+    (same,) = t2i.generate("tiny-sd", "a red circle", seed=3, num_inference_steps=25)
+    assert image.size == (64, 64)
+    assert (np.asarray(image) == np.asarray(same)).all()
+
+
+def test_a_batch_size_of_nothing_is_refused(pipe):
+    with pytest.raises(t2i.T2IError, match="batch size of 1 or more"):
+        t2i.generate(pipe, "a red circle", batch_size=0)
