@@ -76,7 +76,12 @@ def load_pipeline(
     return loaded.to(device)
 
 
-def call_defaults(pipeline: str | Path) -> dict[str, Any]:
-    """Keywords of `__call__` that suit a pipeline (steps, guidance), from the `card.json` beside its weights."""
+def card_of(pipeline: str | Path) -> dict[str, Any]:
+    """The `card.json` beside a pipeline's weights, or {}."""
     card = find_pipeline(pipeline) / "card.json"
-    return json.loads(card.read_text(encoding="utf-8")).get("defaults", {}) if card.is_file() else {}
+    return json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+
+
+def call_defaults(pipeline: str | Path) -> dict[str, Any]:
+    """Keywords of `__call__` that suit a pipeline (steps, guidance), from its card."""
+    return card_of(pipeline).get("defaults", {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from pydantic import Field
 
 from t2i_align.config import Settings
 from t2i_align.data.images import contact_sheet
+from t2i_align.devices import resolve_device
 from t2i_align.generation import generate_samples
-from t2i_align.pipelines import call_defaults, load_pipeline
+from t2i_align.pipelines import call_defaults, card_of, load_pipeline
+from t2i_align.playground.grammar import CaptionError, parse
 from t2i_align.progress import Progress
 from t2i_align.prompts import Prompts
 from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
@@ -42,17 +46,30 @@ def call_keywords(pipeline: str | Path, steps: int | None, guidance: float | Non
     return call_defaults(pipeline) | {name: value for name, value in given.items() if value is not None}
 
 
+def prompt_notes(pipeline: str | Path, prompts: Sequence[str]) -> Iterator[str]:
+    """What to say about prompts that a pipeline of the playground was not trained to read."""
+    if card_of(pipeline).get("prompts") != "playground":
+        return
+    for prompt in dict.fromkeys(prompts):
+        try:
+            parse(prompt)
+        except CaptionError as error:
+            yield f"{pipeline} was trained on playground captions alone. {error}"
+
+
 def run_generate(
     job: GenerateJob,
     out: Path,
     *,
     batch_size: int = 16,
-    device: str = "cpu",
+    device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Write `images/ROW-PARTICLE.png`, `results.jsonl` and `contact_sheet.png`; return the result rows."""
-    job = job.resolved()
+    job, place = job.resolved(), resolve_device(device)
+    for line in prompt_notes(job.pipeline, job.prompts):
+        print(f"note: {line}", file=sys.stderr)
     folder = open_folder(out, job, resume=resume, overwrite=overwrite)
     (folder / "images").mkdir(exist_ok=True)
     results = folder / "results.jsonl"
@@ -62,7 +79,7 @@ def run_generate(
     table = Prompts(job.prompts)
     jobs = [(row, p) for row in range(len(table)) for p in range(job.particles) if (row, p) not in done]
     call = call_keywords(job.pipeline, job.steps, job.guidance)
-    pipe = load_pipeline(job.pipeline, device=device)
+    pipe = load_pipeline(job.pipeline, device=place)
     with Progress(len(table) * job.particles, "generating", start=len(done)) as progress:
         for sample in generate_samples(pipe, table, jobs, seed=job.seed, batch_size=batch_size, **call):
             name = f"images/{sample.row:05d}-{sample.particle:03d}.png"

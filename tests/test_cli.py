@@ -212,3 +212,17 @@ def test_words_default_to_the_command_line(cli, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out.strip()
+
+
+def test_a_prompt_that_tiny_sd_cannot_read_is_said(cli, tmp_path):
+    code, _, err = cli("generate", "a red dog", "--out", tmp_path / "out", *SMALL)
+    assert code == 0
+    assert "note: tiny-sd was trained on playground captions alone" in err
+    assert "'dog'" in err
+
+
+def test_a_device_that_is_not_here_is_refused(cli, tmp_path):
+    code, _, err = generate(cli, tmp_path / "out", "--device", "cuda:99")
+    assert code == 2
+    assert "cuda:99" in err
+    assert not (tmp_path / "out").exists()

@@ -260,7 +260,6 @@ def test_each_term_is_backpropagated_before_the_next_is_asked_for(tmp_path):
                 yield term
 
     method = Watching(split=True)
-    x, y = rows(0)
     fit(method, rows, settings(steps=1), tmp_path)
     assert gradients[0] in (None, 0.0)
     assert gradients[1] > 0

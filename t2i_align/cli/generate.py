@@ -19,7 +19,7 @@ def generate(
     steps: Annotated[int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own]")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale. [default: the pipeline's own]")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images computed together.")] = 16,
-    device: Annotated[str, Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
     resume: Annotated[bool, Option("--resume", help="Go on in an existing folder.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing folder of ours.")] = False,
 ) -> None:

@@ -20,7 +20,7 @@ def score(
     out: Annotated[Path, Option(help="Table to write: .parquet, .csv or .jsonl.")],
     prompt: Annotated[str | None, Option(help="Prompt for rows without one.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images scored together.")] = 64,
-    device: Annotated[str, Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
     as_json: Annotated[bool, Option("--json", help="Print the summary as JSON.")] = False,
     resume: Annotated[bool, Option("--resume", help="Go on with an interrupted job.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing table.")] = False,
@@ -36,13 +36,15 @@ def score(
     for spec in specs:
         check_reward(spec)
 
+    from t2i_align.devices import resolve_device
     from t2i_align.errors import T2IError
     from t2i_align.scoring import read_rows, score_columns, score_file
 
     if not specs or len(set(specs)) < len(specs):
         raise T2IError(f"Expected different scorers separated by commas but got {rewards!r}.")
     rows = read_rows(source, prompt)
-    scorers = [load_reward(spec, device) for spec in specs]
+    place = resolve_device(device)
+    scorers = [load_reward(spec, place) for spec in specs]
     blind = [scorer.name for scorer in scorers if scorer.needs_prompt and all(row.prompt is None for row in rows)]
     if blind:
         raise T2IError(

@@ -59,7 +59,7 @@ def run_sd(
     if card.is_file():
         metrics["vae"] = json.loads(card.read_text(encoding="utf-8"))
         (made / "vae" / "card.json").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
-    _write_card(made, folder, recipe, defaults=DEFAULTS, metrics=metrics)
+    _write_card(made, folder, recipe, defaults=DEFAULTS, prompts="playground", metrics=metrics)
 
 
 def _write_card(model: Path, run: Path, recipe: Settings, **more: Any) -> None:

@@ -1,0 +1,118 @@
+"""`Grid`: the noise levels of a sampling run, read from any scheduler after it has set its timesteps.
+
+x_t = alpha x0 + sigma eps. Schedulers of the DDIM, Euler and DPM families are read in variance-preserving space
+(alpha^2 + sigma^2 = 1; a k-diffusion level s becomes alpha = 1 / sqrt(1 + s^2), sigma = s alpha), flow schedulers in
+their own, linear one (alpha = 1 - sigma).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from t2i_align.errors import T2IError
+
+READABLE = {
+    "alphas_cumprod": "DDIM DDPM PNDM LCM TCD",
+    "sigmas": (
+        "EulerDiscrete EulerAncestralDiscrete HeunDiscrete DPMSolverMultistep DPMSolverSinglestep UniPCMultistep "
+        "DEISMultistep LMSDiscrete"
+    ),
+    "flow": "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM",
+}
+_KIND = {f"{name}Scheduler": kind for kind, names in READABLE.items() for name in names.split()}
+
+
+class SchedulerError(T2IError):
+    """A scheduler whose noise levels cannot be read."""
+
+
+class Level(NamedTuple):
+    """A noise level: x = alpha x0 + sigma eps; scalars, or one value per sample shaped to broadcast against x."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+class Grid(NamedTuple):
+    """N rows of a sampling run, noisiest first.
+
+    `t`: (N,) timesteps as the pipeline's loop sees them. `alpha`, `sigma`: (N + 1,) float64; row i leads from level i
+    to level i + 1, and the last level is where the run ends (sigma 0 for most schedulers). `linear` says that
+    alpha = 1 - sigma (flow matching), otherwise alpha^2 + sigma^2 = 1.
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    linear: bool
+
+    @property
+    def steps(self) -> int:
+        """Number of rows."""
+        return len(self.t)
+
+    def level(self, row: int | Tensor, like: Tensor) -> Level:
+        """The level of a row, or of one row per sample (B,), in fp32, shaped to broadcast against `like` (B, ...)."""
+        picked = torch.as_tensor(row)
+        shape = (-1, *[1] * (like.ndim - 1)) if picked.ndim else ()
+        return Level(*(values[picked].to(like.device, torch.float32).reshape(shape) for values in self[1:3]))
+
+
+def read_grid(scheduler: Any) -> Grid:
+    """The grid of a diffusers scheduler on which `set_timesteps` has been called.
+
+    Rows that a scheduler repeats for its own higher order (PNDM, Heun) appear once.
+
+    Raises:
+        SchedulerError: the scheduler is none of `READABLE`.
+    """
+    kind = scheduler_kind(scheduler)
+    if kind == "alphas_cumprod":
+        return _read_alphas(scheduler)
+    t, sigmas = scheduler.timesteps.cpu(), scheduler.sigmas.double().cpu()
+    keep = torch.cat([torch.tensor([True]), sigmas[1 : len(t)] != sigmas[: len(t) - 1]])
+    t, levels = t[keep], torch.cat([sigmas[: len(t)][keep], sigmas[-1:]])
+    if kind == "flow" or scheduler.config.get("use_flow_sigmas", False):
+        return Grid(t, 1 - levels, levels, True)
+    alpha = (1 + levels.square()).rsqrt()
+    return Grid(t, alpha, levels * alpha, False)
+
+
+def scheduler_kind(scheduler: Any) -> str:
+    """How the noise levels of a scheduler are stored: `alphas_cumprod`, `sigmas` or `flow`.
+
+    Raises:
+        SchedulerError: it is none of the list in the message.
+    """
+    for base in type(scheduler).__mro__:
+        if base.__name__ in _KIND:
+            return _KIND[base.__name__]
+    known = ", ".join(sorted(name.removesuffix("Scheduler") for name in _KIND))
+    raise SchedulerError(f"Expected a scheduler among {known} but got {type(scheduler).__name__}.")
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What the network behind a scheduler predicts: `epsilon`, `v_prediction`, `sample` or `flow`."""
+    if scheduler_kind(scheduler) == "flow":
+        return "flow"
+    named = scheduler.config.get("prediction_type", "epsilon")
+    return "flow" if named == "flow_prediction" else named
+
+
+def _read_alphas(scheduler: Any) -> Grid:
+    """Schedulers that store alphas_cumprod: levels at their timesteps, then their own last level.
+
+    The next level is that of the next timestep. DDIM itself steps down by a fixed number of training steps, which is
+    the same for its `leading` and `trailing` spacings.
+    """
+    if scheduler.config.get("skip_prk_steps") is False:
+        raise SchedulerError("Expected a PNDM scheduler with skip_prk_steps=True but its Runge-Kutta rows are on.")
+    t = scheduler.timesteps.cpu()
+    keep = torch.cat([torch.tensor([True]), t[1:] != t[:-1]])
+    t = t[keep]
+    last = getattr(scheduler, "final_alpha_cumprod", torch.ones(()))
+    squares = torch.cat([scheduler.alphas_cumprod.cpu()[t.long()].double(), last.cpu().double()[None]])
+    return Grid(t, squares.sqrt(), (1 - squares).clamp(min=0).sqrt(), False)
