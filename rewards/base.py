@@ -77,6 +77,8 @@ class Scorer(nn.Module):
                 that has none.
         """
         tensors = to_tensors(images)
+        if not len(tensors):
+            return Scores(torch.empty(0), {self.name: torch.empty(0)})
         table = Prompts.of(prompts, len(tensors))
         self.check(tensors, table, given=prompts is not None)
         if isinstance(tensors, Tensor):
@@ -84,7 +86,7 @@ class Scorer(nn.Module):
                 self._score(tensors[first : first + batch_size], table[first : first + batch_size])
                 for first in range(0, len(tensors), batch_size)
             ]
-            return _concatenate(parts) if parts else Scores(torch.empty(0), {self.name: torch.empty(0)})
+            return _concatenate(parts)
         by_size: dict[torch.Size, list[int]] = {}
         for row, tensor in enumerate(tensors):
             by_size.setdefault(tensor.shape, []).append(row)

@@ -27,7 +27,7 @@ class Settings(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class TrainConfig(Settings):
@@ -69,7 +69,10 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any] | None, ove
         if not equals or not name.strip():
             problems.append(f"expected an override such as 'train.steps=50' but got {word!r}")
             continue
-        _assign(data, name.strip().split("."), parse_yaml(value), problems)
+        try:
+            _assign(data, name.strip().split("."), parse_yaml(value), problems)
+        except yaml.YAMLError as error:
+            problems.append(f"{name.strip()}: {value!r} is not valid YAML ({' '.join(str(error).split())})")
     try:
         made = cls.model_validate(data)
     except ValidationError as error:
@@ -95,9 +98,14 @@ class _Loader(yaml.SafeLoader):
     pass
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -110,6 +118,8 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Cannot read the config {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The config {path} is not UTF-8 text: {error}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"The config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if data is None:
@@ -125,7 +135,7 @@ def _copy(value: Any) -> Any:
 
 def _assign(data: dict[str, Any], path: Sequence[str], value: Any, problems: list[str]) -> None:
     for depth, part in enumerate(path[:-1]):
-        inner = data.setdefault(part, {})
+        inner = data[part] = {} if data.get(part) is None else data[part]
         if not isinstance(inner, dict):
             problems.append(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a block")
             return

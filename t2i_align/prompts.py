@@ -85,7 +85,7 @@ def read_prompts(source: str | Path) -> Prompts:
             raise T2IError("Expected a prompt but got an empty text.")
         return Prompts((str(source),))
     if path.suffix.lower() == ".txt":
-        lines = _read_text(path).splitlines()
+        lines = read_text(path).splitlines()
         table = Prompts(tuple(line.strip() for line in lines if line.strip()))
     else:
         rows = read_table(path)
@@ -107,7 +107,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         raise T2IError(f"No such file: {path}.")
     if kind == ".jsonl":
         rows = []
-        for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             try:
                 row = json.loads(line) if line.strip() else {}
             except json.JSONDecodeError as error:
@@ -117,7 +117,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             rows += [row] if row else []
         return rows
     if kind == ".csv":
-        return list(csv.DictReader(io.StringIO(_read_text(path))))
+        return list(csv.DictReader(io.StringIO(read_text(path))))
     if kind == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -134,7 +134,8 @@ def find_column(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str 
     return next((name for name in names if any(name in row for row in rows)), None)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark. Raises T2IError where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

@@ -19,6 +19,7 @@ LIBRARIES = (
     *("huggingface_hub", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "xformers", "bitsandbytes"),
 )
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
 
 
 class FolderError(T2IError):
@@ -41,7 +42,7 @@ def open_folder(folder: str | Path, config: Settings, *, resume: bool = False, o
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"Expected {folder} to be a folder but it is a file.")
     if folder.exists() and any(folder.iterdir()):
-        ours = (folder / CONFIG).is_file()
+        ours = _is_ours(folder)
         if overwrite and ours:
             shutil.rmtree(folder)
         elif resume and ours:
@@ -54,13 +55,24 @@ def open_folder(folder: str | Path, config: Settings, *, resume: bool = False, o
                 )
             return folder
         elif overwrite or resume:
-            raise FolderError(f"{folder} is not a folder that t2i-align wrote (no {CONFIG}); choose another one.")
+            raise FolderError(
+                f"{folder} is not a folder that t2i-align wrote (no {ENVIRONMENT} of ours); choose another."
+            )
         else:
             raise FolderError(f"{folder} already holds files; pass --resume to go on or --overwrite to replace them.")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, config.to_yaml())
-    write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run of ours made the folder: its `environment.json` says so."""
+    try:
+        written = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / CONFIG).is_file() and isinstance(written, dict) and "t2i_align" in written
 
 
 def environment() -> dict[str, Any]:
@@ -93,8 +105,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl file; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
+    # Split at line feeds alone: `splitlines` also splits at separators that JSON strings may hold. A last line that
+    # was cut inside a character becomes unreadable JSON, and is left out like any other cut line.
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    rows: list[dict[str, Any]] = []
+    if lines == [""]:
+        return rows
     for number, line in enumerate(lines):
         try:
             rows.append(json.loads(line))

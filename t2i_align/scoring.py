@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 
 from t2i_align.data.images import ImageError, find_images, open_image
 from t2i_align.errors import T2IError
 from t2i_align.progress import Progress
-from t2i_align.prompts import PROMPT_COLUMNS, TABLES, find_column, read_table
+from t2i_align.prompts import PROMPT_COLUMNS, TABLES, find_column, read_table, read_text
 from t2i_align.rewards import Scorer
 from t2i_align.runs import append_jsonl, environment, read_jsonl, write_jsonl, write_text
 
@@ -66,12 +67,14 @@ def _table_rows(path: Path, prompt: str | None) -> list[Row]:
     image, text = find_column(rows, IMAGE_COLUMNS), find_column(rows, PROMPT_COLUMNS)
     if image is None:
         raise T2IError(f"Expected {path} to have a column {' or '.join(IMAGE_COLUMNS)} but it has none.")
-    return [Row(path.parent / str(row.get(image) or ""), row.get(text or "") or prompt) for row in rows]
+    said = [row.get(text or "") for row in rows]
+    said = [prompt if value is None or value == "" else str(value) for value in said]
+    return [Row(path.parent / str(row.get(image) or ""), value) for row, value in zip(rows, said, strict=True)]
 
 
 def _sidecar(image: Path) -> str | None:
     text = image.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+    return read_text(text).strip() if text.is_file() else None
 
 
 def score_file(
@@ -96,11 +99,12 @@ def score_file(
     if out.suffix.lower() not in OUTPUTS:
         raise T2IError(f"Expected an output file ending in {', '.join(OUTPUTS)} but got {out}.")
     partial = out.with_name(out.name + ".partial.jsonl")
-    job = sha256(json.dumps([settings["rewards"], [[str(r.image), r.prompt] for r in rows]]).encode()).hexdigest()
+    job = sha256(
+        json.dumps([settings["rewards"], [[_printable(r.image), r.prompt] for r in rows]]).encode()
+    ).hexdigest()
     done = _resume(out, partial, job, resume, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not done:
-        append_jsonl(partial, [{"job": job}])
+    write_jsonl(partial, [{"job": job}, *done])  # without a last line that was cut short
     with Progress(len(rows), "scoring", start=len(done)) as progress:
         for first in range(len(done), len(rows), batch_size):
             batch = score_rows(rows[first : first + batch_size], scorers)
@@ -108,7 +112,7 @@ def score_file(
             done += batch
             progress.update(len(done))
     write_table(done, out)
-    write_text(out.with_name(out.stem + ".config.json"), json.dumps(settings, indent=2) + "\n")
+    write_text(out.with_name(out.stem + ".config.yaml"), yaml.safe_dump(settings, sort_keys=False))
     write_text(out.with_name(out.stem + ".environment.json"), json.dumps(environment(), indent=2) + "\n")
     partial.unlink()
     return done
@@ -126,11 +130,10 @@ def _resume(out: Path, partial: Path, job: str, resume: bool, overwrite: bool) -
     if not resume:
         raise T2IError(f"{partial} holds an unfinished job; pass --resume to go on or --overwrite to start again.")
     rows = read_jsonl(partial)
-    if not rows or rows[0].get("job") != job:
+    if rows and rows[0].get("job") != job:
         raise T2IError(
             f"{partial} belongs to a job with other images, prompts or rewards; pass --overwrite to replace it."
         )
-    write_jsonl(partial, rows)  # without a last line that was cut short
     return rows[1:]
 
 
@@ -146,7 +149,9 @@ def score_rows(rows: Sequence[Row], scorers: Sequence[Scorer]) -> list[dict[str,
             images.append(None)
             error = str(problem)
         table.append(
-            {"image": str(row.image), "prompt": row.prompt} | dict.fromkeys(score_columns(scorers)) | {"error": error}
+            {"image": _printable(row.image), "prompt": row.prompt}
+            | dict.fromkeys(score_columns(scorers))
+            | {"error": error}
         )
     for scorer in scorers:
         able = []
@@ -161,6 +166,8 @@ def score_rows(rows: Sequence[Row], scorers: Sequence[Scorer]) -> list[dict[str,
                 _add_error(table[index], values)
             else:
                 table[index] |= values
+                if values[scorer.name] is None:
+                    _add_error(table[index], f"{scorer.name}: the score is not a finite number")
     return table
 
 
@@ -199,6 +206,11 @@ def _score_robustly(
         columns[f"{scorer.name}_std"] = scores.std
     lists = {name: values.tolist() for name, values in columns.items()}
     return {index: {name: _number(lists[name][at]) for name in lists} for at, index in enumerate(able)}
+
+
+def _printable(path: Path) -> str:
+    """The path as text; bytes that are not UTF-8 are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _number(value: float) -> float | None:

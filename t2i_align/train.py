@@ -215,11 +215,13 @@ def fit(
         state.load(checkpoints[-1])
     metrics.forget_after(state.step)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for half in (folder / "checkpoints").glob("*.tmp"):
+        half.unlink()  # a kill came while it was written
     method.train()
     with Progress(config.steps, "training", start=state.step) as progress:
         while state.step < config.steps and (minutes is None or state.seconds < 60 * minutes):
             started = time.perf_counter()
-            metrics.add(_update(method, data, config, state, torch.device(device)))
+            _update(method, data, config, state, metrics, torch.device(device))
             state.step += 1
             state.seconds += time.perf_counter() - started
             if state.step % config.log_every == 0:
@@ -233,12 +235,17 @@ def fit(
 
 
 def _update(
-    method: Method, data: Callable[[int], Any], config: TrainConfig, state: State, device: torch.device
-) -> dict[str, Tensor | float]:
+    method: Method,
+    data: Callable[[int], Any],
+    config: TrainConfig,
+    state: State,
+    metrics: Metrics,
+    device: torch.device,
+) -> None:
     """One optimiser update: collect, backpropagate each term, clip, step, average."""
     torch.manual_seed(key(config.seed, "update", state.step))  # for the random numbers of layers such as dropout
+    state.optimizer.zero_grad()  # an update that was cut short may have left gradients
     ctx = Ctx(config.seed, state.step, device)
-    stats: dict[str, Tensor | float] = {}
     total = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         with torch.no_grad():
@@ -246,7 +253,7 @@ def _update(
         for term in method.losses(ctx, batch):
             term.loss.backward()
             total += float(term.loss.detach())
-            stats |= term.stats
+            metrics.add(term.stats)
     norm = nn.utils.clip_grad_norm_(state.weights.values(), config.max_norm or math.inf, foreach=True)
     if not math.isfinite(total) or not torch.isfinite(norm):
         raise TrainingError(
@@ -257,10 +264,9 @@ def _update(
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
-    state.optimizer.zero_grad()
     if config.ema:
         state.update_average(config.ema)
-    return stats | {"loss": total, "gradient_norm": norm, "learning_rate": rate}
+    metrics.add({"loss": total, "gradient_norm": norm, "learning_rate": rate})
 
 
 def _checkpoints(folder: Path) -> list[Path]:

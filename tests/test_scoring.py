@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from t2i_align.errors import T2IError
@@ -158,8 +159,8 @@ def test_the_written_table_is_the_returned_one(tmp_path, suffix):
     assert brightness(table) == [36, None, 108, 50]
     assert [row["prompt"] for row in table] == [row.prompt for row in rows]
     assert list(table[0]) == ["image", "prompt", "brightness", "error"]
-    assert {p.name for p in out.parent.iterdir()} == {out.name, "scores.config.json", "scores.environment.json"}
-    assert json.loads((out.parent / "scores.config.json").read_text()) == SETTINGS
+    assert {p.name for p in out.parent.iterdir()} == {out.name, "scores.config.yaml", "scores.environment.json"}
+    assert yaml.safe_load((out.parent / "scores.config.yaml").read_text()) == SETTINGS
 
 
 def test_a_written_table_can_be_scored_again(tmp_path):

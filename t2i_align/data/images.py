@@ -44,7 +44,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB; transparency is laid on white, as a viewer shows it."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -117,7 +117,7 @@ def _checked(images: Tensor) -> Tensor:
             f"{tuple(images.shape)}."
         )
     low, high = (float(edge) for edge in images.detach().aminmax()) if images.numel() else (0.0, 1.0)
-    if low < -0.01 or high > 1.01:  # rounding of fp16 and bicubic overshoot pass, [-1, 1] and [0, 255] do not
+    if not (low >= -0.01 and high <= 1.01):  # rounding of fp16 and bicubic overshoot pass, [-1, 1] and [0, 255] do not
         raise ValueError(f"Expected pixel values in [0, 1] but got [{low:.3g}, {high:.3g}]; rescale the images.")
     return images
 
