@@ -96,5 +96,6 @@ def run_generate(
             progress.advance()
     rows.sort(key=lambda row: (row["row"], row["particle"]))
     shown = [Image.open(folder / row["image"]) for row in rows[: SHEET_ROWS * job.particles]]
-    contact_sheet(shown, job.particles, zoom=max(1, 128 // shown[0].width)).save(folder / "contact_sheet.png")
+    sheet = contact_sheet(shown, job.particles, labels=job.prompts, zoom=max(1, 128 // shown[0].width))
+    sheet.save(folder / "contact_sheet.png")
     return rows

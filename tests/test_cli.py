@@ -21,7 +21,7 @@ def test_generate_then_score(cli, tmp_path):
     assert "2 images of 1 prompts" in out
     rows = [json.loads(line) for line in (images / "results.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["particle"]) for row in rows] == [("a red circle", 0), ("a red circle", 1)]
-    assert Image.open(images / "contact_sheet.png").size == (2 * 128 + 2, 128)
+    assert Image.open(images / "contact_sheet.png").size == (2 * 128 + 2, 128 + 16)
     assert {"config.yaml", "environment.json"} <= {path.name for path in images.iterdir()}
 
     code, out, _ = cli("score", images, "--rewards", "verifier,2 * jpeg_compressibility + verifier", "--out", table)

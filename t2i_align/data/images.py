@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
+LABEL_HEIGHT = 16  # px above a row of a contact sheet
+
 OneImage = "Image.Image | str | Path | NDArray[Any] | Tensor"
 Images = "OneImage | Sequence[OneImage]"
 
@@ -127,12 +129,21 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 2, zoom: int = 1) -> Image.Image:
-    """Lay images of one size out in rows; cells left over stay white."""
+def contact_sheet(
+    images: Sequence[Image.Image], columns: int, *, labels: Sequence[str] = (), gap: int = 2, zoom: int = 1
+) -> Image.Image:
+    """Lay images of one size out in rows, with a line of text above each row if `labels` has one for it."""
+    from PIL import ImageDraw
+
     width, height = (zoom * side for side in images[0].size)
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    head = LABEL_HEIGHT if labels else 0
+    pitch = head + height + gap
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * pitch - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels[:rows]):
+        draw.text((2, row * pitch + 1), label, fill="black", font_size=12)
     for index, image in enumerate(images):
         cell = image.resize((width, height), Image.Resampling.NEAREST) if zoom > 1 else image
-        sheet.paste(cell, ((index % columns) * (width + gap), (index // columns) * (height + gap)))
+        sheet.paste(cell, ((index % columns) * (width + gap), (index // columns) * pitch + head))
     return sheet

@@ -154,9 +154,7 @@ def assemble(
     )
 
 
-def train_diffusion(
-    recipe: DiffusionRecipe, vae: AutoencoderKL, folder: Path, **options: Any
-) -> StableDiffusionPipeline:
+def train_diffusion(recipe: DiffusionRecipe, vae: AutoencoderKL, folder: Path, **options: Any) -> None:
     """Train by the recipe and write `folder/tiny-sd`, fp16, with the averaged weights (options: of `fit`)."""
     seed = recipe.train.seed
     torch.manual_seed(seed)
@@ -171,4 +169,3 @@ def train_diffusion(
     with state.averaged():
         pipe = assemble(vae, unet, text_encoder, tokenizer)
         pipe.to(torch.float16).save_pretrained(folder / "tiny-sd", safe_serialization=True)
-    return pipe

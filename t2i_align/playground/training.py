@@ -14,7 +14,7 @@ from t2i_align.config import Settings, load_config
 from t2i_align.errors import T2IError
 from t2i_align.pipelines import load_pipeline
 from t2i_align.playground.diffusion import DiffusionRecipe, train_diffusion
-from t2i_align.playground.measure import measure_pipeline
+from t2i_align.playground.measure import measure_pipeline, measure_verifier, round_trip
 from t2i_align.playground.vae import VAERecipe, train_vae
 from t2i_align.runs import environment, open_folder, read_jsonl, write_text
 
@@ -28,7 +28,13 @@ def run_vae(
     recipe = load_config(VAERecipe, None, overrides)
     folder = open_folder(out, recipe, resume=resume, overwrite=overwrite)
     train_vae(recipe, folder, minutes=minutes, resume=resume)
-    _write_card(folder / "vae", folder, recipe)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)  # as saved: averaged and standardised
+    _write_card(folder / "vae", folder, recipe, metrics={"verifier_after_round_trip": measure_round_trip(vae)})
+
+
+def measure_round_trip(vae: AutoencoderKL, scenes: int = 400) -> dict[str, dict[str, float]]:
+    """The verifier's table on scenes that were encoded and decoded."""
+    return measure_verifier(scenes, change=round_trip(vae.eval()))
 
 
 def run_sd(

@@ -90,7 +90,7 @@ def encode(vae: AutoencoderKL, pool: ScenePool, scenes: int) -> Tensor:
     return torch.cat(means)
 
 
-def train_vae(recipe: VAERecipe, folder: Path, **options: Any) -> AutoencoderKL:
+def train_vae(recipe: VAERecipe, folder: Path, **options: Any) -> None:
     """Train by the recipe, standardise, and write `folder/vae` (options: `resume`, `minutes` of `fit`)."""
     torch.manual_seed(recipe.train.seed)
     vae = build_vae()
@@ -106,4 +106,3 @@ def train_vae(recipe: VAERecipe, folder: Path, **options: Any) -> AutoencoderKL:
     with state.averaged():
         standardise(vae, pool)
         vae.save_pretrained(folder / "vae")
-    return vae
