@@ -62,16 +62,18 @@ def load_pipeline(
     if isinstance(pipeline, DiffusionPipeline):
         return pipeline
     import torch
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     folder = find_pipeline(pipeline)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would draw over ours
+    bars = [bar for bar in (diffusers_logging, transformers_logging) if bar.is_progress_bar_enabled()]
+    for bar in bars:
+        bar.disable_progress_bar()  # it would draw over ours
     try:
         loaded = DiffusionPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for bar in bars:
+            bar.enable_progress_bar()
     loaded.set_progress_bar_config(disable=True)
     return loaded.to(device)
 
