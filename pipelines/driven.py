@@ -31,6 +31,20 @@ class Schedule(NamedTuple):
         return cls(grid, float(initial.fget(scheduler)) * float(grid.alpha[0]))
 
 
+class Idle:
+    """A network that does nothing: everything is the real one's, but a call returns zeros."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+    def __call__(self, sample: Tensor, *args: Any, **options: Any) -> tuple[Tensor]:
+        """Zeros of the latent's shape."""
+        return (sample.new_zeros(sample.shape),)
+
+
 class StepsPerSample(Tensor):
     """One timestep per sample: `expand` tiles (B,) to (kB,), so that guidance, which doubles the batch, works."""
 

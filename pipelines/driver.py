@@ -23,11 +23,16 @@ from t2i_align.config import nearest
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator
 from t2i_align.pipelines.cond import Cond, Tree, take_row
-from t2i_align.pipelines.driven import Schedule, drive
+from t2i_align.pipelines.driven import Idle, Schedule, drive
 from t2i_align.pipelines.grid import Grid, prediction_type, scheduler_kind
 from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, output_to_x0_eps
 from t2i_align.prompts import Prompts
 from t2i_align.trajectory import Trajectory
+
+# What the driver must know of single families; everything else goes through `__call__` as it is.
+ONE_TIMESTEP = {"AuraFlowPipeline", "ZImagePipeline"}  # their loops turn t into a number: batches are grouped by row
+PACKS_LATENTS = {"Flux2KleinPipeline", "Flux2Pipeline"}  # take other latents than their loops step
+NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}  # cannot finish a loop of no steps
 
 OnStep = Callable[[int, Step, Tensor], Tensor | None]
 
@@ -52,13 +57,14 @@ class Driver:
     schedules: dict[tuple[int, str], Schedule]
 
     def __init__(self, pipe: DiffusionPipeline, **call: Any) -> None:
-        needed = [name for name in ("scheduler", "encode_prompt") if not hasattr(pipe, name)]
+        needed = [name for name in ("scheduler", "encode_prompt", "prepare_latents") if not hasattr(pipe, name)]
         self.function = inspect.unwrap(type(pipe).__call__)  # without the no_grad around it
         self.accepts = inspect.signature(self.function).parameters
         needed += [f"a {name}= argument" for name in ("prompt", "latents") if name not in self.accepts]
         if needed:
             raise DriverError(f"Expected a pipeline with {', '.join(needed)} but {type(pipe).__name__} has none.")
         scheduler_kind(pipe.scheduler)
+        self.family = type(pipe).__name__
         self.pipe, self.any_cond, self.schedules = pipe, None, {}
         self.defaults = self._known(call)
 
@@ -152,13 +158,27 @@ class Driver:
         """
         if len(x) != len(cond):
             raise DriverError(f"Expected a cond of {len(x)} rows, one per latent, but got {len(cond)}.")
+        if isinstance(at, Tensor) and at.ndim:
+            different = at.unique().tolist()
+            if len(different) > 1 and self.family in ONE_TIMESTEP:
+                return self._predict_by_row(x, at, cond, steps, call)
+            at = at if len(different) > 1 else different[0]
         captured: list[Tensor] = []
         pipe = self._copy(rows=at, on_output=captured.append)
-        told = self._tell(pipe, cond)
-        self._run(pipe, steps, {**told, **call, "latents": x.to(self.dtype), "output_type": "latent"})
+        told = self._tell(pipe, cond) | self._give(pipe, x)
+        self._run(pipe, steps, {**told, **call, "output_type": "latent"})
         if len(captured) != 1:
             raise DriverError(f"Expected one denoising step of {type(self.pipe).__name__} but saw {len(captured)}.")
         return captured[0].as_subclass(Tensor)
+
+    def _predict_by_row(self, x: Tensor, at: Tensor, cond: Cond, steps: int, call: dict[str, Any]) -> Tensor:
+        """`predict` in one call per different row."""
+        order, outputs = [], []
+        for row in at.unique().tolist():
+            mine = (at == row).nonzero()[:, 0].tolist()
+            outputs.append(self.predict(x[mine], row, cond[mine], steps, **call))
+            order += mine
+        return torch.cat(outputs)[torch.tensor(order).argsort().to(x.device)]
 
     def step(
         self,
@@ -198,7 +218,17 @@ class Driver:
         pipe = self._copy(rows=[])
         told = self._tell(pipe, cond)
         draws = [generator(seed, "start", i) for i in ids]
-        x = self._run(pipe, steps, {**told, **call, "generator": draws, "output_type": "latent"})
+        made: list[Tensor] = []
+        prepare = pipe.prepare_latents
+
+        def record(*args: Any, **options: Any) -> Any:
+            output = prepare(*args, **options)
+            made.append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        pipe.__dict__["prepare_latents"] = record
+        self._run(pipe, steps, {**told, **call, "generator": draws, "output_type": "latent"})
+        (x,) = made
         return (x.float() * self._schedule(steps, call).start_factor).to(self.dtype)
 
     @torch.no_grad()
@@ -257,8 +287,8 @@ class Driver:
         for first in range(0, len(latents), batch_size):
             chunk = latents[first : first + batch_size]
             pipe = self._copy(rows=[])
-            told = self._tell(pipe, self._blank()[[0] * len(chunk)])
-            images.append(self._run(pipe, 1, {**told, **call, "latents": chunk.to(self.dtype), "output_type": "pt"}))
+            told = self._tell(pipe, self._blank()[[0] * len(chunk)]) | self._give(pipe, chunk)
+            images.append(self._run(pipe, 1, {**told, **call, "output_type": "pt"}))
         return torch.cat(images)
 
     @torch.no_grad()
@@ -307,6 +337,9 @@ class Driver:
         """A shallow copy of the pipeline whose loop sees the grid rows `rows`; None keeps the scheduler's own loop."""
         pipe = copy.copy(self.pipe)
         own = pipe.__dict__  # not setattr: that would write through to the shared config
+        if rows == [] and self.family in NEEDS_A_STEP:
+            rows = [0]
+            own["unet"] = Idle(self.network)
         own["scheduler"] = (
             copy.deepcopy(self.pipe.scheduler) if rows is None else drive(self.pipe.scheduler, rows, on_output, on_grid)
         )
@@ -324,6 +357,15 @@ class Driver:
         numbers = itertools.count()
         pipe.__dict__["encode_prompt"] = lambda *args, **options: cond.call(next(numbers))
         return {"prompt": [""] * len(cond), **cond.keywords()}
+
+    def _give(self, pipe: DiffusionPipeline, x: Tensor) -> dict[str, Any]:
+        """Make the copy start from latents `x`, as its loop sees them; returns the keywords of the call."""
+        x = x.to(self.dtype)
+        if self.family not in PACKS_LATENTS:
+            return {"latents": x}
+        prepare = pipe.prepare_latents
+        pipe.__dict__["prepare_latents"] = lambda *args, **options: (x, *prepare(*args, **options)[1:])
+        return {}
 
     def _run(self, pipe: DiffusionPipeline, steps: int, call: dict[str, Any]) -> Tensor:
         """Call the copy; returns its first output."""

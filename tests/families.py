@@ -307,6 +307,108 @@ def cogview4():
     return Family(pipe, both(32, 16), {"guidance_scale": 4.0, "height": 32, "width": 32})
 
 
+def z_image():
+    transformer = d.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        norm_eps=1e-5,
+        qk_norm=True,
+        cap_feat_dim=16,
+        rope_theta=256.0,
+        t_scale=1000.0,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    with torch.no_grad():
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):
+            token.fill_(1.0)
+    scheduler = d.FlowMatchEulerDiscreteScheduler()
+    pipe = d.ZImagePipeline(
+        transformer=transformer, vae=shifted(16), scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+
+    def embeds(b):
+        return {name: list(values) for name, values in both(16)(b).items()}
+
+    return Family(pipe, embeds, {"guidance_scale": 4.0, "height": 32, "width": 32})
+
+
+def aura_flow():
+    transformer = d.AuraFlowTransformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        out_channels=4,
+        pos_embed_max_size=256,
+    )
+    scheduler = d.FlowMatchEulerDiscreteScheduler()
+    pipe = d.AuraFlowPipeline(transformer=transformer, vae=kl(), scheduler=scheduler, text_encoder=None, tokenizer=None)
+    return Family(pipe, masked(32), {"guidance_scale": 4.0, "height": 16, "width": 16})
+
+
+def flux2_klein():
+    transformer = d.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=256,
+        axes_dims_rope=[4, 4, 4, 4],
+        guidance_embeds=False,
+    )
+    vae = d.AutoencoderKLFlux2(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    scheduler = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = d.Flux2KleinPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+    return Family(pipe, both(16), {"guidance_scale": 4.0, "height": 16, "width": 16})
+
+
+def lcm():
+    unet = d.UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=2,
+        time_cond_proj_dim=32,
+    )
+    none = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = d.LatentConsistencyModelPipeline(
+        vae=kl(), unet=unet, scheduler=d.LCMScheduler(**DDIM), requires_safety_checker=False, **none
+    )
+    return Family(pipe, lambda b: {"prompt_embeds": randn(b, 7, 32)}, {"guidance_scale": 8.5})
+
+
 def v_prediction():
     return sd(d.DDIMScheduler(**DDIM, prediction_type="v_prediction"))
 
@@ -341,4 +443,8 @@ FAMILIES = {
     "lumina2": lumina2,
     "chroma": chroma,
     "cogview4": cogview4,
+    "z-image": z_image,
+    "aura-flow": aura_flow,
+    "flux2-klein": flux2_klein,
+    "lcm": lcm,
 }

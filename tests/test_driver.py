@@ -187,5 +187,5 @@ def test_a_pipeline_without_latents_is_refused():
         def __call__(self, prompt):
             return prompt
 
-    with pytest.raises(DriverError, match="encode_prompt, a latents= argument but Cascade has none"):
+    with pytest.raises(DriverError, match="encode_prompt, prepare_latents, a latents= argument but Cascade has none"):
         Driver(Cascade(diffusers.DDIMScheduler()))
