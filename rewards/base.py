@@ -59,6 +59,10 @@ class Scorer(nn.Module):
         """Why this prompt cannot be scored, or None; lets a batch job report a row instead of stopping."""
         return None
 
+    def explain(self, image: Any, prompt: str) -> str | None:
+        """Why an image scores what it does, in words; None where the scorer cannot say."""
+        return None
+
     def scores(
         self,
         images: Any,

@@ -8,7 +8,7 @@ brought to the same area and centroid.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import Tensor
 
-from t2i_align.data.images import to_uint8
+from t2i_align.data.images import to_tensors, to_uint8
 from t2i_align.playground.grammar import OPPOSITE, SHAPES, CaptionError, Fact, Thing, facts
 from t2i_align.playground.world import BACKGROUND_RGB, RGB, SIZE, shape_outline
 from t2i_align.prompts import Prompts
@@ -80,6 +80,9 @@ class Verifier(Scorer):
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         values = [report(pixels, prompt).score for pixels, prompt in zip(to_uint8(images), prompts.text, strict=True)]
         return torch.tensor(values, device=images.device)
+
+    def explain(self, image: Any, prompt: str) -> str:
+        return str(report(to_uint8(torch.stack(list(to_tensors(image))))[0], prompt))
 
     def refuse(self, prompt: str) -> str | None:
         try:

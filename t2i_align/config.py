@@ -62,7 +62,7 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any] | None, ove
     Raises:
         ConfigError: with one line per problem: unknown keys (with the nearest known one), wrong types, missing values.
     """
-    data = _read(source)
+    data = _over(_default_blocks(cls), _read(source))
     problems: list[str] = []
     for word in overrides:
         name, equals, value = word.partition("=")
@@ -126,6 +126,20 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"Expected the config {path} to be a mapping of names to values but got {data!r:.60}.")
+    return data
+
+
+def _default_blocks(cls: type[Settings]) -> dict[str, Any]:
+    """The blocks a config class fills in itself, so that changing one key of a block keeps the others."""
+    blocks = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Settings)}
+    return {name: block.model_dump() for name, block in blocks.items()}
+
+
+def _over(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` laid over `data`, block by block."""
+    for name, value in changes.items():
+        inner = data.get(name)
+        data[name] = _over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return data
 
 

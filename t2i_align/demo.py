@@ -33,7 +33,7 @@ PROMPTS = {  # prompt -> what makes it harder than the one before
 def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Write `out/report.html` and the images; return a row per prompt and the cost."""
     job = GenerateJob(prompts=tuple(PROMPTS), particles=PARTICLES, seed=seed).resolved()
-    folder = open_folder(out, job, overwrite=overwrite)
+    folder = open_folder(out, job, resume=None, overwrite=overwrite)
     (folder / "images").mkdir()
     pipe, reward = load_pipeline(job.pipeline), load_reward("verifier")
     call = call_keywords(job.pipeline, job.steps, job.guidance)

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t2i_align.config import Settings, load_config
 from t2i_align.errors import T2IError
+
+T = TypeVar("T", bound=Settings)
 
 LIBRARIES = (
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors"),
@@ -26,53 +28,62 @@ class FolderError(T2IError):
     """An output folder that is in the way."""
 
 
-def open_folder(folder: str | Path, config: Settings, *, resume: bool = False, overwrite: bool = False) -> Path:
+def open_folder(folder: str | Path, config: Settings, *, resume: bool | None = False, overwrite: bool = False) -> Path:
     """Make a run's folder and write `config.yaml` and `environment.json` into it.
 
     Args:
         folder: where results go.
         config: the resolved settings of the job.
-        resume: go on in an existing folder, if its settings are the same.
+        resume: go on in an existing folder, if its settings are the same; None for a job that cannot.
         overwrite: delete an existing folder first; only one that an earlier run of ours made.
 
     Raises:
         FolderError: the folder holds something, and neither `resume` nor `overwrite` applies.
     """
     folder = Path(folder)
+    if resume and overwrite:
+        raise FolderError("Expected --resume or --overwrite but got both.")
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"Expected {folder} to be a folder but it is a file.")
     if folder.exists() and any(folder.iterdir()):
-        ours = _is_ours(folder)
-        if overwrite and ours:
-            shutil.rmtree(folder)
-        elif resume and ours:
-            before = load_config(type(config), folder / CONFIG)
-            if before != config:
-                changed = [n for n in type(config).model_fields if getattr(before, n) != getattr(config, n)]
+        if not (resume or overwrite):
+            ways = "" if resume is None else "--resume to go on or "
+            raise FolderError(f"{folder} already holds files; pass {ways}--overwrite to replace them.")
+        before = _read_ours(folder, type(config))
+        if before is None:
+            raise FolderError(f"{folder} was not written by this command, so it is neither resumed nor replaced.")
+        if resume:
+            changed = [n for n in type(config).model_fields if getattr(before, n) != getattr(config, n)]
+            if changed:
                 raise FolderError(
                     f"{folder} was made with other settings ({', '.join(changed)}): repeat them to resume, or choose "
                     "another folder."
                 )
             return folder
-        elif overwrite or resume:
-            raise FolderError(
-                f"{folder} is not a folder that t2i-align wrote (no {ENVIRONMENT} of ours); choose another."
-            )
-        else:
-            raise FolderError(f"{folder} already holds files; pass --resume to go on or --overwrite to replace them.")
+        _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, config.to_yaml())
     write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     return folder
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a run of ours made the folder: its `environment.json` says so."""
+def _read_ours(folder: Path, kind: type[T]) -> T | None:
+    """The settings of the job of this kind that made the folder, or None if none did."""
     try:
         written = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        before = load_config(kind, folder / CONFIG)
     except (OSError, ValueError):
-        return False
-    return (folder / CONFIG).is_file() and isinstance(written, dict) and "t2i_align" in written
+        return None
+    return before if isinstance(written, dict) and "t2i_align" in written else None
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in the folder; the folder itself may be a link or the current one."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def environment() -> dict[str, Any]:

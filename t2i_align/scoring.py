@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,20 @@ from t2i_align.runs import append_jsonl, environment, read_jsonl, write_jsonl, w
 IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "file")
 LISTINGS = ("results.jsonl", "prompts.jsonl")  # what `generate` and `playground sample` write into their folders
 OUTPUTS = (".parquet", ".csv", ".jsonl")
+BATCH_PIXELS = 16_000_000  # decoded at once; as floats they take about 0.5 GB with a scorer's copies
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image to score; `prompt` is None where the input has none."""
+    """One image to score; `prompt` is None where the input has none, `rest` holds its other columns.
+
+    `problem` says why the row cannot be scored, if that is known before its image is opened.
+    """
 
     image: Path
     prompt: str | None
+    rest: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
 
 
 def read_rows(source: str | Path, prompt: str | None = None) -> list[Row]:
@@ -51,7 +58,7 @@ def read_rows(source: str | Path, prompt: str | None = None) -> list[Row]:
     source = Path(source)
     if source.is_dir():
         listing = next((source / name for name in LISTINGS if (source / name).is_file()), None)
-        rows = _table_rows(listing, prompt) if listing else [Row(p, _sidecar(p) or prompt) for p in find_images(source)]
+        rows = _table_rows(listing, prompt) if listing else [_file_row(path, prompt) for path in find_images(source)]
         if not rows:
             raise T2IError(f"The folder {source} has no images.")
         return rows
@@ -63,18 +70,59 @@ def read_rows(source: str | Path, prompt: str | None = None) -> list[Row]:
 
 
 def _table_rows(path: Path, prompt: str | None) -> list[Row]:
-    rows = read_table(path)
+    rows = read_jsonl(path) if path.name in LISTINGS else read_table(path)
+    if not rows:
+        raise T2IError(f"The table {path} has no rows.")
     image, text = find_column(rows, IMAGE_COLUMNS), find_column(rows, PROMPT_COLUMNS)
     if image is None:
         raise T2IError(f"Expected {path} to have a column {' or '.join(IMAGE_COLUMNS)} but it has none.")
-    said = [row.get(text or "") for row in rows]
-    said = [prompt if value is None or value == "" else str(value) for value in said]
-    return [Row(path.parent / str(row.get(image) or ""), value) for row, value in zip(rows, said, strict=True)]
+    odd = next((row[image] for row in rows if row.get(image) is not None and not isinstance(row[image], str)), None)
+    if odd is not None:
+        raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got a {type(odd).__name__}.")
+    made = []
+    for row in rows:
+        said = row.get(text or "")
+        rest = {name: value for name, value in row.items() if name not in (image, text, "error")}
+        made.append(Row(path.parent / (row.get(image) or ""), prompt if said in (None, "") else str(said), rest))
+    return made
 
 
-def _sidecar(image: Path) -> str | None:
+def _file_row(image: Path, prompt: str | None) -> Row:
+    """An image of a folder, with the prompt of an equally named text file."""
     text = image.with_suffix(".txt")
-    return read_text(text).strip() if text.is_file() else None
+    if not text.is_file():
+        return Row(image, prompt)
+    try:
+        return Row(image, read_text(text).strip() or prompt)
+    except T2IError as error:
+        return Row(image, None, problem=str(error))
+
+
+def check_output(out: str | Path, source: str | Path = "", *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse an output file before any work is done.
+
+    Raises:
+        T2IError: unknown ending, a folder, the input itself, or there already.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in OUTPUTS:
+        raise T2IError(f"Expected an output file ending in {', '.join(OUTPUTS)} but got {out}.")
+    if resume and overwrite:
+        raise T2IError("Expected --resume or --overwrite but got both.")
+    if out.is_dir():
+        raise T2IError(f"Expected {out} to be a file but it is a folder.")
+    if source and out.resolve() == Path(source).resolve():
+        raise T2IError(f"Expected an output other than the input {source}.")
+    if out.exists() and not overwrite:
+        raise T2IError(f"{out} already exists; pass --overwrite to replace it or choose another name.")
+    if _partial(out).exists() and not (resume or overwrite):
+        raise T2IError(
+            f"{_partial(out)} holds an unfinished job; pass --resume to go on or --overwrite to start again."
+        )
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial.jsonl")
 
 
 def score_file(
@@ -84,6 +132,7 @@ def score_file(
     *,
     settings: dict[str, Any],
     batch_size: int = 64,
+    explain: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:
@@ -96,18 +145,19 @@ def score_file(
         T2IError: `out` has an unknown ending, exists, or (`resume`) belongs to another job.
     """
     out = Path(out)
-    if out.suffix.lower() not in OUTPUTS:
-        raise T2IError(f"Expected an output file ending in {', '.join(OUTPUTS)} but got {out}.")
-    partial = out.with_name(out.name + ".partial.jsonl")
-    job = sha256(
-        json.dumps([settings["rewards"], [[_printable(r.image), r.prompt] for r in rows]]).encode()
-    ).hexdigest()
-    done = _resume(out, partial, job, resume, overwrite)
+    check_output(out, settings.get("input", ""), resume=resume, overwrite=overwrite)
+    partial = _partial(out)
+    said = json.dumps([settings["rewards"], explain, [[_printable(r.image), r.prompt] for r in rows]])
+    job = sha256(said.encode()).hexdigest()
+    done = _finished(partial, job) if resume else []
     out.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(partial, [{"job": job}, *done])  # without a last line that was cut short
     with Progress(len(rows), "scoring", start=len(done)) as progress:
-        for first in range(len(done), len(rows), batch_size):
-            batch = score_rows(rows[first : first + batch_size], scorers)
+        while len(done) < len(rows):
+            batch = score_rows(_next_batch(rows, len(done), batch_size), scorers, explain=explain)
+            for row in batch:  # relative to the table, so that the table can be scored again
+                path = row["image"]
+                row["image"] = path if os.path.isabs(path) else os.path.relpath(path, out.parent)
             append_jsonl(partial, batch)
             done += batch
             progress.update(len(done))
@@ -118,17 +168,8 @@ def score_file(
     return done
 
 
-def _resume(out: Path, partial: Path, job: str, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
-    """Rows an interrupted job left, or []; refuses to lose or mix anything."""
-    if overwrite:
-        out.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
-    if out.exists():
-        raise T2IError(f"{out} already exists; pass --overwrite to replace it or choose another name.")
-    if not partial.exists():
-        return []
-    if not resume:
-        raise T2IError(f"{partial} holds an unfinished job; pass --resume to go on or --overwrite to start again.")
+def _finished(partial: Path, job: str) -> list[dict[str, Any]]:
+    """Rows an interrupted job left. Raises T2IError if it was another job."""
     rows = read_jsonl(partial)
     if rows and rows[0].get("job") != job:
         raise T2IError(
@@ -137,22 +178,37 @@ def _resume(out: Path, partial: Path, job: str, resume: bool, overwrite: bool) -
     return rows[1:]
 
 
-def score_rows(rows: Sequence[Row], scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
-    """Score one batch: a table row for each of `rows`, with the columns of `score_columns`."""
+def _next_batch(rows: Sequence[Row], first: int, batch_size: int) -> Sequence[Row]:
+    """Rows from `first` on: at most `batch_size`, with at most `BATCH_PIXELS` pixels unless one alone has more."""
+    pixels = 0
+    for count, row in enumerate(rows[first : first + batch_size]):
+        try:
+            with Image.open(row.image) as image:  # reads the header alone
+                pixels += image.width * image.height
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue
+        if pixels > BATCH_PIXELS and count:
+            return rows[first : first + count]
+    return rows[first : first + batch_size]
+
+
+def score_rows(rows: Sequence[Row], scorers: Sequence[Scorer], explain: bool = False) -> list[dict[str, Any]]:
+    """Score one batch: a table row for each of `rows`, with the columns of `score_columns`.
+
+    With `explain`, scorers that can say why add a column `NAME_report`.
+    """
     images: list[Image.Image | None] = []
     table: list[dict[str, Any]] = []
     for row in rows:
-        error = None
+        error = row.problem
         try:
-            images.append(open_image(row.image))
+            images.append(None if error else open_image(row.image))
         except ImageError as problem:
             images.append(None)
-            error = str(problem)
-        table.append(
-            {"image": _printable(row.image), "prompt": row.prompt}
-            | dict.fromkeys(score_columns(scorers))
-            | {"error": error}
-        )
+            error = _utf8(str(problem))
+        scores = dict.fromkeys(score_columns(scorers))
+        rest = {name: value for name, value in row.rest.items() if name not in ("image", "prompt", *scores)}
+        table.append({"image": _printable(row.image), "prompt": row.prompt, **rest, **scores, "error": error})
     for scorer in scorers:
         able = []
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
@@ -166,6 +222,8 @@ def score_rows(rows: Sequence[Row], scorers: Sequence[Scorer]) -> list[dict[str,
                 _add_error(table[index], values)
             else:
                 table[index] |= values
+                if explain and (said := scorer.explain(images[index], rows[index].prompt or "")):
+                    table[index][f"{scorer.name}_report"] = said
                 if values[scorer.name] is None:
                     _add_error(table[index], f"{scorer.name}: the score is not a finite number")
     return table
@@ -209,8 +267,12 @@ def _score_robustly(
 
 
 def _printable(path: Path) -> str:
-    """The path as text; bytes that are not UTF-8 are escaped."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+    return _utf8(str(path))
+
+
+def _utf8(text: str) -> str:
+    """The text with what UTF-8 cannot hold (bytes of odd file names) escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _number(value: float) -> float | None:
@@ -237,9 +299,18 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    text = {"image", "prompt", "error"}
-    schema = pyarrow.schema([(name, pyarrow.string() if name in text else pyarrow.float64()) for name in names])
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
     temporary = path.with_name(path.name + ".tmp")
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), temporary)
+    pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
     temporary.replace(path)
+
+
+def _column(values: list[Any]) -> Any:
+    """An arrow column; one that mixes types becomes text, one without values counts as numbers."""
+    import pyarrow
+
+    try:
+        column = pyarrow.array(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        column = pyarrow.array([None if value is None else str(value) for value in values])
+    return column.cast(pyarrow.float64()) if pyarrow.types.is_null(column.type) else column

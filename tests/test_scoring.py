@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -12,7 +13,7 @@ from PIL import Image
 
 from t2i_align.errors import T2IError
 from t2i_align.rewards import Scorer, load_reward
-from t2i_align.scoring import Row, read_rows, score_columns, score_file, score_rows
+from t2i_align.scoring import Row, check_output, read_rows, score_columns, score_file, score_rows
 
 
 class Brightness(Scorer):
@@ -104,11 +105,13 @@ def test_a_sidecar_may_start_with_a_byte_order_mark(tmp_path):
     assert read_rows(tmp_path)[0].prompt == "a cat"
 
 
-def test_a_sidecar_that_is_not_utf8_is_named(tmp_path):
-    picture(tmp_path / "a.png", 10)
+def test_a_sidecar_that_is_not_utf8_fails_its_row_alone(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.png", 10)
     (tmp_path / "a.txt").write_bytes(b"gr\xf6\xdfe")
-    with pytest.raises(T2IError, match=r"a\.txt"):
-        read_rows(tmp_path)
+    table = score(read_rows(tmp_path), tmp_path / "out.jsonl")
+    assert "a.txt is not UTF-8" in table[0]["error"]
+    assert table[1]["error"] is None
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "prompts.jsonl"])
@@ -166,7 +169,49 @@ def test_the_written_table_is_the_returned_one(tmp_path, suffix):
 def test_a_written_table_can_be_scored_again(tmp_path):
     rows = pictures(tmp_path, 3)
     score(rows, tmp_path / "a.parquet")
-    assert read_rows(tmp_path / "a.parquet") == rows
+    again = read_rows(tmp_path / "a.parquet")
+    assert [(row.image, row.prompt) for row in again] == [(row.image, row.prompt) for row in rows]
+
+
+def test_relative_paths_are_written_relative_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(Path("in/a.png"), 10)
+    (tmp_path / "in/list.jsonl").write_text('{"image": "a.png", "kind": "single", "row": 3}\n')
+    (tmp_path / "out").mkdir()
+    (row,) = score(read_rows("in/list.jsonl"), Path("out/a.parquet"))
+    assert row["image"] == "../in/a.png"
+    assert (row["kind"], row["row"]) == ("single", 3)  # other columns travel along
+    assert read_rows("out/a.parquet")[0].image.is_file()
+
+
+def test_cells_that_are_no_paths_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"image": {"bytes": "x"}}\n')
+    with pytest.raises(T2IError, match="hold paths but got a dict"):
+        read_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("image,prompt\n")
+    with pytest.raises(T2IError, match="has no rows"):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_large_pictures_are_scored_in_smaller_batches(tmp_path, monkeypatch):
+    from t2i_align import scoring
+
+    rows = pictures(tmp_path, 5)
+    monkeypatch.setattr(scoring, "BATCH_PIXELS", 2 * 8 * 8)
+    sizes = []
+    inner = scoring.score_rows
+    monkeypatch.setattr(scoring, "score_rows", lambda batch, *a, **k: sizes.append(len(batch)) or inner(batch, *a, **k))
+    assert len(score(rows, tmp_path / "out.jsonl")) == 5
+    assert sizes == [2, 2, 1]
+
+
+def test_the_output_is_neither_input_nor_folder(tmp_path):
+    for wrong, message in ((tmp_path / "a.csv", "other than the input"), (tmp_path / "b.csv", "it is a folder")):
+        (tmp_path / "b.csv").mkdir(exist_ok=True)
+        with pytest.raises(T2IError, match=message):
+            check_output(wrong, tmp_path / "a.csv", overwrite=True)
+    with pytest.raises(T2IError, match="both"):
+        check_output(tmp_path / "c.csv", resume=True, overwrite=True)
 
 
 def test_other_endings_are_refused(tmp_path):

@@ -23,7 +23,6 @@ BAD_INPUT, ROWS_FAILED, INTERRUPTED = 2, 3, 130  # exit codes
 app = typer.Typer(
     name="t2i-align",
     help="Score, steer and fine-tune text-to-image diffusion models with human-preference rewards.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,12 +33,15 @@ app.add_typer(playground, name="playground")
 
 
 @app.callback(invoke_without_command=True)
-def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    if show:
+def top(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.")
+) -> None:
+    if version:
         from t2i_align import __version__
 
         print(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main(words: list[str] | None = None) -> None:
@@ -58,6 +60,8 @@ def main(words: list[str] | None = None) -> None:
         _fail(f"{error.format_message().rstrip('.')}. See `t2i-align{verb} --help`.")
     except T2IError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:

@@ -7,11 +7,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option, Typer
+from typer import Argument, Context, Option, Typer
 
-playground = Typer(
-    help="The embedded world: scenes, trainings, measurements.", no_args_is_help=True, rich_markup_mode=None
-)
+playground = Typer(help="The embedded world: scenes, trainings, measurements.", rich_markup_mode=None)
+
+
+@playground.callback(invoke_without_command=True)
+def top(context: Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 class Split(str, Enum):

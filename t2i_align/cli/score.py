@@ -21,6 +21,7 @@ def score(
     prompt: Annotated[str | None, Option(help="Prompt for rows without one.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images scored together.")] = 64,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    explain: Annotated[bool, Option("--explain", help="Add a column of reasons, from scorers that have any.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the summary as JSON.")] = False,
     resume: Annotated[bool, Option("--resume", help="Go on with an interrupted job.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing table.")] = False,
@@ -38,10 +39,11 @@ def score(
 
     from t2i_align.devices import resolve_device
     from t2i_align.errors import T2IError
-    from t2i_align.scoring import read_rows, score_columns, score_file
+    from t2i_align.scoring import check_output, read_rows, score_columns, score_file
 
     if not specs or len(set(specs)) < len(specs):
         raise T2IError(f"Expected different scorers separated by commas but got {rewards!r}.")
+    check_output(out, source, resume=resume, overwrite=overwrite)
     rows = read_rows(source, prompt)
     place = resolve_device(device)
     scorers = [load_reward(spec, place) for spec in specs]
@@ -50,8 +52,9 @@ def score(
         raise T2IError(
             f"{', '.join(blind)} reads the prompt but {source} has none: add a prompt column or pass --prompt."
         )
-    settings = {"input": source, "rewards": specs, "prompt": prompt, "batch_size": batch_size, "device": device}
-    table = score_file(rows, scorers, out, settings=settings, batch_size=batch_size, resume=resume, overwrite=overwrite)
+    settings = {"input": str(source), "rewards": specs, "prompt": prompt, "batch_size": batch_size, "device": device}
+    options: dict[str, Any] = {"batch_size": batch_size, "explain": explain, "resume": resume, "overwrite": overwrite}
+    table = score_file(rows, scorers, out, settings=settings, **options)
     failed = [row for row in table if row["error"]]
     summary = {name: _summary([row[name] for row in table if row[name] is not None]) for name in score_columns(scorers)}
     if as_json:

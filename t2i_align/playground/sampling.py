@@ -23,7 +23,7 @@ class SampleJob(Settings):
 
 def run_sample(job: SampleJob, out: Path, *, overwrite: bool = False) -> None:
     """Write `images/N.png` and `prompts.jsonl` (image, prompt, kind, split) into the folder `out`."""
-    folder = open_folder(out, job, overwrite=overwrite)
+    folder = open_folder(out, job, resume=None, overwrite=overwrite)
     (folder / "images").mkdir()
     rows = []
     with Progress(job.n, "drawing scenes") as progress:
