@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from t2i_align.pipelines.loading import PipelineError, call_defaults, card_of, load_pipeline
+from t2i_align.pipelines.loading import PipelineError, call_keywords, card_of, check_call, load_pipeline
 
 if TYPE_CHECKING:
     from t2i_align.pipelines.driver import Driver
@@ -18,8 +18,9 @@ __all__ = [
     "Gaussian",
     "Kernel",
     "PipelineError",
-    "call_defaults",
+    "call_keywords",
     "card_of",
+    "check_call",
     "cps",
     "dance_sde",
     "ddim",

@@ -31,8 +31,9 @@ class Cond:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Sequence[int] | slice) -> Cond:
-        """The samples of a slice or of a list of indices."""
+    def __getitem__(self, index: Sequence[int] | slice | int) -> Cond:
+        """The samples of a slice, of a list of indices, or one."""
+        index = [index] if isinstance(index, int) else index
         picked = range(len(self))[index] if isinstance(index, slice) else [int(i) for i in index]
         given = tuple(self.given[i] for i in picked) if self.given else ()
         return Cond(self.encoded, tuple(self.rows[i] for i in picked), self.prompts[list(picked)], given)

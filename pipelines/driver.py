@@ -54,7 +54,7 @@ class Driver:
     """
 
     any_cond: Cond | None
-    schedules: dict[tuple[int, str], Schedule]
+    schedules: dict[tuple[int, str, str], Schedule]
 
     def __init__(self, pipe: DiffusionPipeline, **call: Any) -> None:
         needed = [name for name in ("scheduler", "encode_prompt", "prepare_latents") if not hasattr(pipe, name)]
@@ -126,6 +126,8 @@ class Driver:
             prompts: what the rows say, for scorers that read it; empty texts if None.
             given: keywords with B rows each.
         """
+        if not given:
+            raise DriverError("Expected keywords such as prompt_embeds=(B, ...) but got none.")
         rows = len(next(iter(self._known(given).values())))
         table = Prompts.of(prompts, rows)
         per_row = tuple({name: take_row(value, i, rows) for name, value in given.items()} for i in range(rows))
@@ -158,6 +160,9 @@ class Driver:
         """
         if len(x) != len(cond):
             raise DriverError(f"Expected a cond of {len(x)} rows, one per latent, but got {len(cond)}.")
+        last = self.grid(steps, **call).steps - 1
+        if not 0 <= int(torch.as_tensor(at).min()) <= int(torch.as_tensor(at).max()) <= last:
+            raise DriverError(f"Expected rows of the grid from 0 to {last} but got {at}.")
         if isinstance(at, Tensor) and at.ndim:
             different = at.unique().tolist()
             if len(different) > 1 and self.family in ONE_TIMESTEP:
@@ -255,7 +260,7 @@ class Driver:
             kernel: `ddim(1.0)` by default.
             seed: with the sample's id and the row, decides all noise.
             on_step: called after each step with (row, Step of all samples, latents (B, ...)); what it returns, unless
-                None, replaces the latents.
+                None, replaces the latents (`log_prob` stays that of the sampled ones).
             batch_size: rows that go through the network together.
             ids: name the samples' random streams; 0 ... B - 1 by default.
             call: keywords of `__call__`.
@@ -270,11 +275,11 @@ class Driver:
             made = _concatenate([self.step(x[rows], row, cond[rows], steps, kernel, **call) for rows in chunks])
             noise = _noise(x, [generator(seed, "noise", i, row) for i in ids]) if made.q.std.any() else 0 * x
             x = made.q.sample(noise).to(self.dtype)
+            log_probs.append(made.q.log_prob(x))
             if on_step is not None:
                 replaced = on_step(row, made, x)
                 x = x if replaced is None else replaced.to(self.dtype)
             latents.append(x)
-            log_probs.append(made.q.log_prob(x))
             stochastic += [row] if made.q.std.any() else []
         return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), tuple(stochastic), cond)
 
@@ -321,6 +326,8 @@ class Driver:
     # How a pipeline is called
 
     def _known(self, call: dict[str, Any]) -> dict[str, Any]:
+        if "num_inference_steps" in call:
+            raise DriverError("Expected steps= in each call but got num_inference_steps.")
         unknown = [name for name in call if name not in self.accepts]
         if unknown:
             raise DriverError(
@@ -373,7 +380,7 @@ class Driver:
 
     def _schedule(self, steps: int, call: dict[str, Any]) -> Schedule:
         """Grid and start of a run, read once."""
-        key = (steps, repr(sorted({**self.defaults, **call}.items())))
+        key = (steps, repr(sorted({**self.defaults, **call}.items())), repr(self.pipe.scheduler.config))
         if key not in self.schedules:
             seen: list[Schedule] = []
             pipe = self._copy(rows=[], on_grid=lambda scheduler: seen.append(Schedule.read(scheduler)))

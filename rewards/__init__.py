@@ -10,7 +10,17 @@ from t2i_align.config import nearest
 from t2i_align.rewards.base import RewardError, Scorer, Scores
 from t2i_align.rewards.compose import FunctionScorer, WeightedSum, parse_expression
 
-__all__ = ["SCORERS", "RewardError", "Scorer", "Scores", "check_reward", "load_reward", "scorer_class"]
+__all__ = [
+    "SCORERS",
+    "RewardError",
+    "FunctionScorer",
+    "Scorer",
+    "Scores",
+    "WeightedSum",
+    "check_reward",
+    "load_reward",
+    "scorer_class",
+]
 
 SCORERS = {
     "verifier": "t2i_align.rewards.verifier:Verifier",
@@ -32,20 +42,22 @@ def scorer_class(name: str) -> type[Scorer]:
     module, _, attribute = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise RewardError(f"Cannot import the scorer {target!r}: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, Scorer)):
         raise RewardError(f"Expected {target!r} to be a subclass of t2i_align.rewards.Scorer but got {found!r}.")
     return found
 
 
-def check_reward(spec: str) -> list[tuple[float, str]]:
-    """Read a reward's text form and make sure that every scorer in it exists, without loading weights.
+def check_reward(spec: str | Mapping[str, float]) -> list[tuple[float, str]]:
+    """Read a reward's text or mapping form and make sure that every scorer in it exists, without loading weights.
 
     Raises:
         RewardError: not an expression, an unknown scorer, or one that cannot work here.
     """
-    terms = parse_expression(spec)
+    terms = (
+        parse_expression(spec) if isinstance(spec, str) else [(float(weight), name) for name, weight in spec.items()]
+    )
     for _, name in terms:
         missing = scorer_class(name).missing()
         if missing:
@@ -70,10 +82,7 @@ def load_reward(
     if isinstance(spec, Scorer):
         scorer = spec
     elif isinstance(spec, (str, Mapping)):
-        if isinstance(spec, Mapping):
-            terms = [(float(weight), name) for name, weight in spec.items()]
-        else:
-            terms = check_reward(spec)
+        terms = check_reward(spec)
         classes = [(weight, scorer_class(name)) for weight, name in terms]
         scorers = [(weight, made()) for weight, made in classes]
         alone = len(scorers) == 1 and scorers[0][0] == 1

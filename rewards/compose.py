@@ -30,6 +30,8 @@ class WeightedSum(Scorer):
         if not terms or twice:
             what = f"{', '.join(twice)} twice" if twice else "none"
             raise RewardError(f"Expected a sum of different scorers but got {what}; give each one weight.")
+        if not all(math.isfinite(weight) and weight for weight, _ in terms):
+            raise RewardError(f"Expected weights that are finite and not 0 but got {[weight for weight, _ in terms]}.")
         self.factors = tuple(float(weight) for weight, _ in terms)
         self.scorers = nn.ModuleList(scorer for _, scorer in terms)
         self.name = expression(terms)
@@ -68,10 +70,11 @@ class FunctionScorer(Scorer):
     """
 
     summary = "a Python callable"
+    function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any], name: str | None = None, differentiable: bool = False) -> None:
         super().__init__()
-        self.function = function
+        object.__setattr__(self, "function", function)  # not registered: a module's parameters stay its owner's
         self.name = name or getattr(function, "__name__", type(function).__name__).strip("<>").lower()
         self.differentiable = differentiable
         self.needs_prompt = _takes_prompts(function)
@@ -88,12 +91,14 @@ class FunctionScorer(Scorer):
 
 
 def _takes_prompts(function: Callable[..., Any]) -> bool:
+    target = function.forward if isinstance(function, nn.Module) else function
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return True
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional for p in parameters) >= 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return len(needed) >= 2 or any(p.name in ("prompt", "prompts") for p in parameters)
 
 
 def expression(terms: Sequence[tuple[float, Scorer]]) -> str:

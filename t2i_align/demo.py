@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from t2i_align.generation import generate_samples
-from t2i_align.jobs import GenerateJob, call_keywords
-from t2i_align.pipelines import load_pipeline
+from t2i_align.jobs import GenerateJob
+from t2i_align.pipelines import call_keywords, load_pipeline
 from t2i_align.progress import Progress
 from t2i_align.prompts import Prompts
 from t2i_align.report import write_report

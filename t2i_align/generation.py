@@ -1,4 +1,4 @@
-"""Plain sampling: prompts -> images, each image keyed by (seed, prompt, particle) and by nothing else."""
+"""Plain sampling: prompts -> images, each keyed by seed, prompt and its number among that prompt's images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator
-from t2i_align.pipelines import call_defaults, load_pipeline
+from t2i_align.pipelines import call_keywords, check_call, load_pipeline
 from t2i_align.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -33,29 +33,35 @@ def generate(
     *,
     particles: int = 1,
     seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
     batch_size: int = 16,
     **call: Any,
 ) -> list[Image.Image]:
     """Draw `particles` images of every prompt, group-major (all of the first prompt first).
 
     An image depends on its prompt, `seed` and its number alone: not on `batch_size` (but for rounding), nor on the
-    other prompts.
+    other prompts; a prompt that comes again in the table gets new images.
 
     Args:
         pipeline: what `load_pipeline` takes.
         prompts: one text or many.
         particles: images per prompt.
         seed: any int.
+        steps: denoising steps; from the pipeline's card if None.
+        guidance: guidance scale; from the pipeline's card if None.
         batch_size: images that go through the network together.
-        call: keywords of the pipeline's own `__call__` (`num_inference_steps`, `guidance_scale`, ...); for an alias or
-            a folder with a card its defaults fill in what is not given.
+        call: other keywords of the pipeline's own `__call__` (`height`, `negative_prompt`, ...).
+
+    Raises:
+        T2IError: an unknown pipeline or keyword, or a count below 1.
     """
-    defaults = call_defaults(pipeline) if isinstance(pipeline, (str, Path)) else {}
-    pipe = load_pipeline(pipeline)
-    table = Prompts.of(prompts)
+    if particles < 1:
+        raise T2IError(f"Expected 1 or more particles but got {particles}.")
+    pipe, table = load_pipeline(pipeline), Prompts.of(prompts)
     jobs = [(row, particle) for row in range(len(table)) for particle in range(particles)]
-    samples = generate_samples(pipe, table, jobs, seed=seed, batch_size=batch_size, **(defaults | call))
-    return [sample.image for sample in samples]
+    call = call_keywords(pipeline, steps, guidance) | call
+    return [sample.image for sample in generate_samples(pipe, table, jobs, seed=seed, batch_size=batch_size, **call)]
 
 
 def generate_samples(
@@ -70,6 +76,7 @@ def generate_samples(
     """Draw the images named by `jobs`, pairs (row of `prompts`, particle), in that order, batch by batch."""
     if batch_size < 1:
         raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
+    check_call(pipe, call)
     repeats = _occurrences(prompts)
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from pydantic import Field
 
 from t2i_align.config import Settings
-from t2i_align.data.images import contact_sheet
+from t2i_align.data.images import contact_sheet, open_image
 from t2i_align.devices import resolve_device
 from t2i_align.generation import generate_samples
-from t2i_align.pipelines import call_defaults, card_of, load_pipeline
+from t2i_align.pipelines import call_keywords, card_of, check_call, load_pipeline
 from t2i_align.playground.grammar import CaptionError, parse
 from t2i_align.progress import Progress
 from t2i_align.prompts import Prompts
@@ -38,12 +37,6 @@ class GenerateJob(Settings):
         call = call_keywords(self.pipeline, self.steps, self.guidance)
         update = {"steps": call.get("num_inference_steps"), "guidance": call.get("guidance_scale")}
         return self.model_copy(update=update)
-
-
-def call_keywords(pipeline: str | Path, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """Keywords for a pipeline's `__call__`: what is given, else what its card says."""
-    given = {"num_inference_steps": steps, "guidance_scale": guidance}
-    return call_defaults(pipeline) | {name: value for name, value in given.items() if value is not None}
 
 
 def prompt_notes(pipeline: str | Path, prompts: Sequence[str]) -> Iterator[str]:
@@ -70,6 +63,9 @@ def run_generate(
     job, place = job.resolved(), resolve_device(device)
     for line in prompt_notes(job.pipeline, job.prompts):
         print(f"note: {line}", file=sys.stderr)
+    call = call_keywords(job.pipeline, job.steps, job.guidance)
+    pipe = load_pipeline(job.pipeline, device=place)
+    check_call(pipe, call)
     folder = open_folder(out, job, resume=resume, overwrite=overwrite)
     (folder / "images").mkdir(exist_ok=True)
     results = folder / "results.jsonl"
@@ -78,8 +74,6 @@ def run_generate(
     done = {(row["row"], row["particle"]) for row in rows}
     table = Prompts(job.prompts)
     jobs = [(row, p) for row in range(len(table)) for p in range(job.particles) if (row, p) not in done]
-    call = call_keywords(job.pipeline, job.steps, job.guidance)
-    pipe = load_pipeline(job.pipeline, device=place)
     with Progress(len(table) * job.particles, "generating", start=len(done)) as progress:
         for sample in generate_samples(pipe, table, jobs, seed=job.seed, batch_size=batch_size, **call):
             name = f"images/{sample.row:05d}-{sample.particle:03d}.png"
@@ -95,7 +89,7 @@ def run_generate(
             rows.append(row)
             progress.advance()
     rows.sort(key=lambda row: (row["row"], row["particle"]))
-    shown = [Image.open(folder / row["image"]) for row in rows[: SHEET_ROWS * job.particles]]
+    shown = [open_image(folder / row["image"]) for row in rows[: SHEET_ROWS * job.particles]]
     sheet = contact_sheet(shown, job.particles, labels=job.prompts, zoom=max(1, 128 // shown[0].width))
     sheet.save(folder / "contact_sheet.png")
     return rows

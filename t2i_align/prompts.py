@@ -81,8 +81,14 @@ def read_prompts(source: str | Path) -> Prompts:
     """
     path = Path(source)
     if path.suffix.lower() not in (".txt", *TABLES):
+        if path.suffix.lower() in (".json", ".tsv", ".yaml", ".yml", ".parq"):
+            raise T2IError(f"Expected a prompt or a file ending in .txt, {', '.join(TABLES)} but got {source}.")
         if not str(source).strip():
             raise T2IError("Expected a prompt but got an empty text.")
+        try:
+            str(source).encode()
+        except UnicodeEncodeError as error:
+            raise T2IError(f"Expected the prompt to be UTF-8 text but got {source!r}.") from error
         return Prompts((str(source),))
     if path.suffix.lower() == ".txt":
         lines = read_text(path).splitlines()
@@ -117,7 +123,10 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             rows += [row] if row else []
         return rows
     if kind == ".csv":
-        return list(csv.DictReader(io.StringIO(read_text(path))))
+        try:
+            return list(csv.DictReader(io.StringIO(read_text(path))))
+        except csv.Error as error:
+            raise T2IError(f"The file {path} is not a readable csv table: {error}.") from error
     if kind == ".parquet":
         import pyarrow
         import pyarrow.parquet

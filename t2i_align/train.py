@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -210,7 +212,7 @@ def fit(
     state, metrics = State.start(method, config), Metrics(folder / "metrics.jsonl")
     checkpoints = _checkpoints(folder)
     if checkpoints and not resume:
-        raise TrainingError(f"{folder} already holds a run; pass --resume to go on or choose another folder.")
+        raise TrainingError(f"{folder} already holds a run; resume it or choose another folder.")
     if checkpoints:
         state.load(checkpoints[-1])
     metrics.forget_after(state.step)
@@ -218,7 +220,7 @@ def fit(
     for half in (folder / "checkpoints").glob("*.tmp"):
         half.unlink()  # a kill came while it was written
     method.train()
-    with Progress(config.steps, "training", start=state.step) as progress:
+    with Progress(config.steps, "training", start=state.step) as progress, _deferred_interrupt() as interrupted:
         while state.step < config.steps and (minutes is None or state.seconds < 60 * minutes):
             started = time.perf_counter()
             _update(method, data, config, state, metrics, torch.device(device))
@@ -227,11 +229,33 @@ def fit(
             if state.step % config.log_every == 0:
                 row = metrics.write(state.step, seconds=state.seconds)
                 progress.update(state.step, loss=row["loss"])
-            if state.step % config.checkpoint_every == 0:
+            if state.step % config.checkpoint_every == 0 or interrupted:
                 _checkpoint(folder, state, config.keep)
+            if interrupted:
+                raise KeyboardInterrupt
     _checkpoint(folder, state, config.keep)
     method.eval()
     return state
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Let Ctrl-C wait for the end of an update: it fills the list instead; a second one stops at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, receive)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _update(

@@ -226,3 +226,38 @@ def test_a_device_that_is_not_here_is_refused(cli, tmp_path):
     assert code == 2
     assert "cuda:99" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_score_can_explain(cli, tmp_path):
+    assert cli("playground", "sample", "--n", 2, "--out", tmp_path / "scenes")[0] == 0
+    out = tmp_path / "s.jsonl"
+    assert cli("score", tmp_path / "scenes", "--rewards", "verifier", "--explain", "--out", out)[0] == 0
+    assert "seen:" in json.loads(out.read_text().splitlines()[0])["verifier_report"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = generate(cli, tmp_path / "file" / "out")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_no_verb_shows_the_help(cli):
+    for words in ((), ("playground",)):
+        code, out, _ = cli(*words)
+        assert code == 0
+        assert "Commands:" in out
+
+
+def test_doctor_finds_damaged_weights(cli, tmp_path, monkeypatch):
+    import shutil
+
+    from t2i_align.pipelines import loading
+
+    shutil.copytree(loading.ALIASES["tiny-sd"], tmp_path / "copy")
+    weights = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    monkeypatch.setitem(loading.ALIASES, "tiny-sd", tmp_path / "copy")
+    code, out, _ = cli("doctor")
+    assert code == 1
+    assert "damaged" in out

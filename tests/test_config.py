@@ -154,3 +154,11 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n")
     assert load_config(Inner, path) == Inner() == load_config(Inner, None)
+
+
+def test_changing_one_key_of_a_default_block_keeps_the_others():
+    from t2i_align.playground.diffusion import DiffusionRecipe
+
+    default = DiffusionRecipe().train
+    for source, words in ((None, ["train.steps=3"]), ({"train": {"steps": 3}}, [])):
+        assert load_config(DiffusionRecipe, source, words).train == default.model_copy(update={"steps": 3})

@@ -56,3 +56,22 @@ def test_an_alias_brings_its_defaults():
 def test_a_batch_size_of_nothing_is_refused(pipe):
     with pytest.raises(t2i.T2IError, match="batch size of 1 or more"):
         t2i.generate(pipe, "a red circle", batch_size=0)
+
+
+def test_a_loaded_pipeline_keeps_its_cards_defaults(pipe):
+    (by_object,) = t2i.generate(pipe, "a red circle", seed=3)
+    (by_name,) = t2i.generate("tiny-sd", "a red circle", seed=3)
+    assert (np.asarray(by_object) == np.asarray(by_name)).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"guidance_scal": 2.0}, "Did you mean 'guidance_scale'"),
+        ({"steps": 5000}, "at most 1000 steps"),
+        ({"particles": 0}, "1 or more particles"),
+    ],
+)
+def test_calls_a_pipeline_would_misread_are_refused(pipe, call, message):
+    with pytest.raises(t2i.T2IError, match=message):
+        t2i.generate(pipe, "a red circle", **call)

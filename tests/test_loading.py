@@ -3,7 +3,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import t2i_align as t2i
-from t2i_align.pipelines import PipelineError, call_defaults, load_pipeline
+from t2i_align.pipelines import PipelineError, load_pipeline
+from t2i_align.pipelines.loading import call_defaults
 
 
 def test_tiny_sd_opens_with_the_stock_class_and_draws_the_same_picture():
@@ -43,3 +44,21 @@ def test_unknown_pipelines_are_refused_in_a_sentence(name, message, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PipelineError, match=message):
         load_pipeline(name)
+
+
+def test_a_pipeline_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(PipelineError, match="Cannot open the pipeline"):
+        load_pipeline(tmp_path)
+    with pytest.raises(PipelineError, match="but got 3"):
+        load_pipeline(3)
+    with pytest.raises(PipelineError, match="Unknown pipeline"):
+        load_pipeline("x" * 400)
+
+
+def test_truncated_weights_are_named(tmp_path):
+    load_pipeline("tiny-sd").save_pretrained(tmp_path)
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(PipelineError, match="Cannot open the pipeline"):
+        load_pipeline(tmp_path)

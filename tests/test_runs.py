@@ -126,3 +126,30 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": \n{"n": 3}\n')
     with pytest.raises(T2IError, match="Line 2 of"):
         read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(FolderError, match="got both"):
+        open_folder(tmp_path / "run", Job(), resume=True, overwrite=True)
+
+
+def test_a_folder_of_another_job_is_not_replaced(tmp_path):
+    class Other(Settings):
+        shape: str = "round"
+
+    open_folder(tmp_path / "run", Other())
+    (tmp_path / "run" / "weights").write_text("precious")
+    with pytest.raises(FolderError, match="neither resumed nor replaced"):
+        open_folder(tmp_path / "run", Job(), overwrite=True)
+    assert (tmp_path / "run" / "weights").read_text() == "precious"
+
+
+def test_overwrite_empties_the_current_folder_and_linked_ones(tmp_path, monkeypatch):
+    open_folder(tmp_path / "run", Job())
+    (tmp_path / "run" / "old").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    open_folder(tmp_path / "link", Job(), overwrite=True)
+    assert not (tmp_path / "run" / "old").exists()
+    monkeypatch.chdir(tmp_path / "run")
+    open_folder(".", Job(), overwrite=True)
+    assert (tmp_path / "run" / "config.yaml").is_file()

@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from t2i_align.playground.grammar import COLOURS, OPPOSITE, SHAPES, CaptionError, Fact, Thing
-from t2i_align.playground.measure import false_caption, measure_verifier, noise
-from t2i_align.playground.world import (
+from t2i_align.playground.measure import false_caption, measure_verifier, noise, round_trip
+from t2i_align.playground.world import (, sample_scene
     BACKGROUND_RGB,
     RGB,
     SPLITS,
@@ -239,3 +239,22 @@ def test_scores_need_prompts_and_have_no_gradient():
         verifier.scores([draw(RED)])
     with pytest.raises(RewardError, match="not differentiable"):
         verifier.scores(torch.zeros(1, 3, 64, 64, requires_grad=True), "a red circle")
+
+
+def test_facts_survive_the_shipped_autoencoder():
+    from t2i_align.pipelines import load_pipeline
+
+    table = measure_verifier(120, change=round_trip(load_pipeline("tiny-sd").vae))
+    assert table["all"]["right"] >= 0.97
+    assert table["all"]["false_accept"] <= 0.005
+
+
+def test_few_scenes_can_be_measured():
+    for scenes in (2, 5):
+        assert measure_verifier(scenes, seed=5)["all"]["facts"] > 0
+
+
+def test_the_scorer_can_say_why():
+    scene = sample_scene(0, 0)
+    said = load_reward("verifier").explain(scene.render(), str(scene.caption))
+    assert said.startswith("1.00 [yes: ")

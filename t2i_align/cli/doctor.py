@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from typer import Exit, Option
 
 NEEDED_DISK = 2e9  # bytes
-EXTRAS = {"xformers": "xformers", "bitsandbytes": "bnb", "wandb": "wandb", "ImageReward": ""}
+EXTRAS = {"xformers": "xformers", "bitsandbytes": "bnb", "wandb": "wandb"}
 
 
 class Check(NamedTuple):
@@ -42,20 +42,34 @@ def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fals
 
 
 def _checks() -> Iterator[Check]:
+    """Every section's checks; a section that fails is itself something wrong."""
+    for section in (_python, _libraries, _devices, _links, _weights, _disk):
+        try:
+            yield from section()
+        except Exception as error:
+            yield Check(section.__name__.strip("_"), "wrong", f"{type(error).__name__}: {error}", "see the lines above")
+
+
+def _python() -> Iterator[Check]:
     import t2i_align
 
     yield Check("t2i-align", "ok", f"{t2i_align.__version__} in {Path(t2i_align.__file__).parent}")
     version = ".".join(map(str, sys.version_info[:3]))
     fine = sys.version_info >= (3, 10)
     yield Check("python", "ok" if fine else "wrong", version, "" if fine else "install Python 3.10 or newer")
-    yield from _libraries()
-    yield from _devices()
-    for link in ("rewards", "pipelines"):
+
+
+def _links() -> Iterator[Check]:
+    import t2i_align
+
+    for link in ("rewards", "pipelines"):  # importing t2i_align has already refused a checkout that lost them
         path = Path(t2i_align.__file__).parent / link
-        target = f"{path} -> {path.resolve()}" if path.is_symlink() else f"{path} (installed copy)"
-        fine = (path / "__init__.py").is_file()
-        yield Check(f"link {link}", "ok" if fine else "wrong", target, "" if fine else "clone with core.symlinks=true")
-    yield from _weights()
+        yield Check(
+            f"link {link}", "ok", f"{path} -> {path.resolve()}" if path.is_symlink() else f"{path} (installed copy)"
+        )
+
+
+def _disk() -> Iterator[Check]:
     free = shutil.disk_usage(Path.cwd()).free
     fine = free > NEEDED_DISK
     yield Check("disk", "ok" if fine else "wrong", f"{free / 1e9:.1f} GB free here", "" if fine else "free some space")
@@ -78,7 +92,7 @@ def _libraries() -> Iterator[Check]:
         else:
             yield Check(name, "ok", found)
     for name, extra in EXTRAS.items():
-        mend = f"optional: pip install 't2i-align[{extra}]'" if extra else "optional"
+        mend = f"optional: pip install 't2i-align[{extra}]'"
         found = _version(name)
         yield Check(name, "ok", found) if found else Check(name, "note", "not installed", mend)
 
@@ -122,8 +136,24 @@ def _weights() -> Iterator[Check]:
         except PipelineError as error:
             yield Check(f"pipeline {alias}", "wrong", "missing", str(error))
             continue
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        damaged = [file for file in files if file.suffix == ".safetensors" and not _opens(file)]
+        if damaged:
+            yield Check(f"pipeline {alias}", "wrong", f"damaged: {damaged[0]}", "reinstall t2i-align")
+            continue
+        size = sum(file.stat().st_size for file in files)
         yield Check(f"pipeline {alias}", "ok", f"{size / 1e6:.1f} MB in {folder}")
     for name in SCORERS:
         missing = scorer_class(name).missing()
         yield Check(f"scorer {name}", "note" if missing else "ok", missing or "usable")
+
+
+def _opens(file: Path) -> bool:
+    """Whether a safetensors file is whole, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False

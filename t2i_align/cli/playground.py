@@ -94,8 +94,7 @@ def measure(
 
     find_pipeline(pipeline)
     from t2i_align.cli.tables import print_table
-    from t2i_align.jobs import call_keywords
-    from t2i_align.pipelines import load_pipeline
+    from t2i_align.pipelines import call_keywords, load_pipeline
     from t2i_align.playground.measure import measure_pipeline
 
     if grids is not None:

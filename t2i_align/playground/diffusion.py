@@ -22,12 +22,13 @@ from t2i_align.config import Settings, TrainConfig
 from t2i_align.playground.data import ScenePool, pick_rows
 from t2i_align.playground.tokenizer import CONTEXT, build_tokenizer
 from t2i_align.playground.vae import encode
-from t2i_align.train import Ctx, Method, Term, fit
+from t2i_align.train import Ctx, Method, State, Term, fit
 
 
 class DiffusionRecipe(Settings):
     """Everything that decides the shipped tiny-sd."""
 
+    vae: str = Field("", description="sha256 of the autoencoder's weights; filled in by the command")
     scenes: int = Field(60_000, gt=0, description="rendered training scenes")
     batch: int = Field(64, gt=0)
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for guidance")
@@ -80,7 +81,7 @@ def build_unet(recipe: DiffusionRecipe) -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, v-prediction, trailing-free default spacing."""
+    """Stable Diffusion's noise schedule, v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -154,7 +155,7 @@ def assemble(
     )
 
 
-def train_diffusion(recipe: DiffusionRecipe, vae: AutoencoderKL, folder: Path, **options: Any) -> None:
+def train_diffusion(recipe: DiffusionRecipe, vae: AutoencoderKL, folder: Path, **options: Any) -> State:
     """Train by the recipe and write `folder/tiny-sd`, fp16, with the averaged weights (options: of `fit`)."""
     seed = recipe.train.seed
     torch.manual_seed(seed)
@@ -169,3 +170,4 @@ def train_diffusion(recipe: DiffusionRecipe, vae: AutoencoderKL, folder: Path, *
     with state.averaged():
         pipe = assemble(vae, unet, text_encoder, tokenizer)
         pipe.to(torch.float16).save_pretrained(folder / "tiny-sd", safe_serialization=True)
+    return state

@@ -83,7 +83,7 @@ def measure_verifier(
     scenes: int = 5000,
     seed: int = MEASURING_SEED,
     change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """The verifier's confusion table on rendered scenes, half of each split.
 
     For each sort of fact: `right`, the share of true facts it finds to hold, and `false_accept`, the share of facts
@@ -98,7 +98,8 @@ def measure_verifier(
     accepted: dict[str, list[bool]] = {}
     with Progress(scenes, "measuring the verifier") as progress:
         for split in SPLITS:
-            for index, scene in enumerate(sample_scenes(scenes // 2, seed, split)):
+            number = (scenes + (split == "train")) // 2
+            for index, scene in enumerate(sample_scenes(number, seed, split)):
                 pixels = np.asarray(scene.render())
                 pixels = pixels if change is None else change(pixels)
                 for fact, holds in report(pixels, str(scene.caption)).checks:
@@ -107,10 +108,10 @@ def measure_verifier(
                 wrong = [holds for fact, holds in report(pixels, str(false)).checks if fact in changed]
                 accepted.setdefault(changed[0].kind, []).append(any(wrong))
                 progress.advance()
-    table = {
-        sort: {"right": fmean(right[sort]), "false_accept": fmean(accepted[sort]), "facts": len(right[sort])}
-        for sort in right
-    }
+    table: dict[str, dict[str, float | None]] = {}
+    for sort, found in right.items():
+        share = fmean(accepted[sort]) if sort in accepted else None
+        table[sort] = {"right": fmean(found), "false_accept": share, "facts": len(found)}
     every = [holds for values in right.values() for holds in values]
     wrong = [holds for values in accepted.values() for holds in values]
     table["all"] = {"right": fmean(every), "false_accept": fmean(wrong), "facts": len(every)}

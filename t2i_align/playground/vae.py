@@ -18,7 +18,7 @@ from torch import Tensor
 
 from t2i_align.config import Settings, TrainConfig
 from t2i_align.playground.data import ScenePool, pick_rows
-from t2i_align.train import Ctx, Method, Term, fit
+from t2i_align.train import Ctx, Method, State, Term, fit
 
 
 class VAERecipe(Settings):
@@ -90,7 +90,7 @@ def encode(vae: AutoencoderKL, pool: ScenePool, scenes: int) -> Tensor:
     return torch.cat(means)
 
 
-def train_vae(recipe: VAERecipe, folder: Path, **options: Any) -> None:
+def train_vae(recipe: VAERecipe, folder: Path, **options: Any) -> State:
     """Train by the recipe, standardise, and write `folder/vae` (options: `resume`, `minutes` of `fit`)."""
     torch.manual_seed(recipe.train.seed)
     vae = build_vae()
@@ -106,3 +106,4 @@ def train_vae(recipe: VAERecipe, folder: Path, **options: Any) -> None:
     with state.averaged():
         standardise(vae, pool)
         vae.save_pretrained(folder / "vae")
+    return state
