@@ -7,12 +7,13 @@ from PIL import Image, ImageDraw
 
 from t2i_align.playground.grammar import COLOURS, OPPOSITE, SHAPES, CaptionError, Fact, Thing
 from t2i_align.playground.measure import false_caption, measure_verifier, noise, round_trip
-from t2i_align.playground.world import (, sample_scene
+from t2i_align.playground.world import (
     BACKGROUND_RGB,
     RGB,
     SPLITS,
     Placed,
     Scene,
+    sample_scene,
     sample_scenes,
     shape_outline,
 )
