@@ -1,19 +1,22 @@
-"""Image scorers: one contract (`base.py`), one table, one file a scorer; loaded on first use."""
+"""Image scorers: one contract (`base.py`), one table, one file a scorer; torch and the scorers load on first use."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t2i_align.config import nearest
-from t2i_align.rewards.base import RewardError, Scorer, Scores
-from t2i_align.rewards.compose import FunctionScorer, WeightedSum, parse_expression
+from t2i_align.rewards.expression import RewardError, parse_expression
+
+if TYPE_CHECKING:
+    from t2i_align.rewards.base import Scorer, Scores
+    from t2i_align.rewards.compose import FunctionScorer, WeightedSum
 
 __all__ = [
     "SCORERS",
-    "RewardError",
     "FunctionScorer",
+    "RewardError",
     "Scorer",
     "Scores",
     "WeightedSum",
@@ -21,6 +24,13 @@ __all__ = [
     "load_reward",
     "scorer_class",
 ]
+
+_LAZY = {
+    "FunctionScorer": "t2i_align.rewards.compose",
+    "Scorer": "t2i_align.rewards.base",
+    "Scores": "t2i_align.rewards.base",
+    "WeightedSum": "t2i_align.rewards.compose",
+}
 
 SCORERS = {
     "verifier": "t2i_align.rewards.verifier:Verifier",
@@ -39,6 +49,8 @@ def scorer_class(name: str) -> type[Scorer]:
     target = name if ":" in name else SCORERS.get(known)
     if target is None:
         raise RewardError(f"Unknown scorer {name!r}.{nearest(known, SCORERS)} Available: {', '.join(SCORERS)}.")
+    from t2i_align.rewards.base import Scorer
+
     module, _, attribute = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -79,6 +91,9 @@ def load_reward(
     Raises:
         RewardError: unknown or unusable scorers, before any weight is loaded.
     """
+    from t2i_align.rewards.base import Scorer
+    from t2i_align.rewards.compose import FunctionScorer, WeightedSum
+
     if isinstance(spec, Scorer):
         scorer = spec
     elif isinstance(spec, (str, Mapping)):
@@ -95,3 +110,9 @@ def load_reward(
         )
     scorer.eval().requires_grad_(False)
     return scorer if device is None else scorer.to(device)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.data.images import to_tensors
-from t2i_align.errors import T2IError
 from t2i_align.prompts import Prompts
-
-
-class RewardError(T2IError):
-    """A scorer that cannot serve: unknown, badly combined, or asked for what it does not do."""
+from t2i_align.rewards.expression import RewardError
 
 
 class Scores(NamedTuple):

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from t2i_align.rewards import FunctionScorer, RewardError, Scorer, WeightedSum, load_reward
-from t2i_align.rewards.compose import expression, parse_expression
+from t2i_align.rewards.compose import expression
+from t2i_align.rewards.expression import parse_expression
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

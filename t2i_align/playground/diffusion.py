@@ -88,7 +88,7 @@ def build_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
-        timestep_spacing="trailing",  # a run of few steps, too, starts at the noise it was trained on (arXiv 2305.08891)
+        timestep_spacing="trailing",  # runs of few steps start at the noise of training, too (arXiv 2305.08891)
         prediction_type="v_prediction",
     )
 
