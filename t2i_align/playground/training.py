@@ -20,7 +20,7 @@ from t2i_align.playground.vae import VAERecipe, train_vae
 from t2i_align.runs import environment, open_folder, read_jsonl, write_text
 from t2i_align.train import State
 
-DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 3.0}  # of tiny-sd, written into its card
+DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 1.5}  # of tiny-sd, written into its card
 
 
 def run_vae(
