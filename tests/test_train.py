@@ -384,3 +384,22 @@ def test_a_killed_process_resumes_bit_identically(tmp_path):
         for name in whole[part]:
             assert torch.equal(killed[part][name], whole[part][name])
     assert [row["step"] for row in logged(tmp_path / "killed")] == list(range(4, 151, 4))
+
+
+def test_ctrl_c_waits_for_the_update_and_leaves_a_checkpoint(tmp_path):
+    def data(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rows(step)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Regression(), data, settings(), tmp_path / "a")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints(tmp_path / "a") == ["step-00000004.pt"]
+    resumed, unbroken = Regression(), Regression()
+    states = [
+        fit(resumed, rows, settings(), tmp_path / "a", resume=True),
+        fit(unbroken, rows, settings(), tmp_path / "b"),
+    ]
+    assert_same(*states)

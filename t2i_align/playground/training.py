@@ -94,17 +94,10 @@ def _write_card(model: Path, run: Path, recipe: Settings, state: State, **more: 
 def _commit() -> str:
     """The commit of the checkout the code runs from, marked if files were changed since; or `unknown`."""
     try:
-        words = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--abbrev=40",
-            "--dirty",
-            "--exclude=*",
-        ]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        words = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
