@@ -31,6 +31,16 @@ class Schedule(NamedTuple):
         return cls(grid, float(initial.fget(scheduler)) * float(grid.alpha[0]))
 
 
+@cache
+def on_device_of(pipeline: Any) -> Any:
+    """A pipeline class that is told its execution device.
+
+    diffusers finds it anew in every call by walking through all modules, which takes longer than all the rest that a
+    call does outside the network.
+    """
+    return type(pipeline.__name__, (pipeline,), {"_execution_device": None, "__module__": pipeline.__module__})
+
+
 class Idle:
     """A network that does nothing: everything is the real one's, but a call returns zeros."""
 

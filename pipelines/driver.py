@@ -23,7 +23,7 @@ from t2i_align.config import nearest
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator
 from t2i_align.pipelines.cond import Cond, Tree, take_row
-from t2i_align.pipelines.driven import Idle, Schedule, drive
+from t2i_align.pipelines.driven import Idle, Schedule, drive, on_device_of
 from t2i_align.pipelines.grid import Grid, prediction_type, scheduler_kind
 from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, output_to_x0_eps
 from t2i_align.prompts import Prompts
@@ -67,6 +67,8 @@ class Driver:
         self.family = type(pipe).__name__
         self.pipe, self.any_cond, self.schedules = pipe, None, {}
         self.defaults = self._known(call)
+        # An offloaded pipeline computes elsewhere than its weights lie, and keeps finding out where on its own.
+        self.stays = pipe._execution_device == next(self.network.parameters()).device
 
     @property
     def network(self) -> torch.nn.Module:
@@ -350,6 +352,10 @@ class Driver:
         own["scheduler"] = (
             copy.deepcopy(self.pipe.scheduler) if rows is None else drive(self.pipe.scheduler, rows, on_output, on_grid)
         )
+        if self.stays:
+            made: Any = type(self.pipe)
+            pipe.__class__ = on_device_of(made)
+            own["_execution_device"] = next(self.network.parameters()).device
         own["_progress_bar_config"] = {"disable": True}
         own["maybe_free_model_hooks"] = lambda: None
         for name in ("safety_checker", "watermark"):
