@@ -1,6 +1,7 @@
 """The verbs as a user types them; each bad input is one sentence and exit code 2."""
 
 import json
+import subprocess
 import sys
 
 import pyarrow.parquet
@@ -261,3 +262,10 @@ def test_doctor_finds_damaged_weights(cli, tmp_path, monkeypatch):
     code, out, _ = cli("doctor")
     assert code == 1
     assert "damaged" in out
+
+
+def test_a_prompt_beyond_the_context_warns(tmp_path):
+    words = ["generate", "a red circle " * 30, "--out", tmp_path / "out", *map(str, SMALL)]
+    done = subprocess.run([sys.executable, "-m", "t2i_align", *words], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "truncated because CLIP can only handle sequences up to 32 tokens" in done.stderr

@@ -17,7 +17,7 @@ from t2i_align.cli.score import score
 from t2i_align.config import nearest
 from t2i_align.errors import T2IError
 
-QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # diffusers says what it truncates
 BAD_INPUT, ROWS_FAILED, INTERRUPTED = 2, 3, 130  # exit codes
 
 app = typer.Typer(
