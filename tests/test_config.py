@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -162,3 +164,15 @@ def test_changing_one_key_of_a_default_block_keeps_the_others():
     default = DiffusionRecipe().train
     for source, words in ((None, ["train.steps=3"]), ({"train": {"steps": 3}}, [])):
         assert load_config(DiffusionRecipe, source, words).train == default.model_copy(update={"steps": 3})
+
+
+def test_ready_recipes_are_valid_and_open_with_their_command():
+    from t2i_align.playground.diffusion import DiffusionRecipe
+
+    root = Path(__file__).parents[1]
+    recipes = sorted((root / "configs").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        assert path.read_text().startswith("# t2i-align ")
+        assert str(path.relative_to(root)) in path.read_text().splitlines()[0]
+        assert load_config(DiffusionRecipe, path).train.learning_rate == DiffusionRecipe().train.learning_rate

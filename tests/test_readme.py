@@ -15,7 +15,8 @@ def test_commands_run_in_order(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     commands = [words[1:] for words in lines if words[0] == "t2i-align"]
-    assert {words[0] for words in lines} == {"make", "t2i-align"}
+    assert {words[0] for words in lines} == {"make", "source", "t2i-align"}
+    assert ["source", ".venv/bin/activate"] in lines  # `make` installs there
     assert len(commands) >= 6
     for words in commands:
         code, _, err = cli(*words)

@@ -52,6 +52,7 @@ def train(
     overrides: Annotated[
         list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Recipe overrides, e.g. train.steps=500.")
     ] = None,
+    config: Annotated[Path | None, Option(help="YAML file with changes to the recipe.")] = None,
     vae: Annotated[
         Path | None, Option(help="For sd: folder of a trained autoencoder. [default: the shipped one]")
     ] = None,
@@ -72,11 +73,11 @@ def train(
     from t2i_align.playground import training
 
     if part is Part.vae:
-        training.run_vae(out, overrides or [], minutes=minutes, resume=resume, overwrite=overwrite)
+        training.run_vae(out, config, overrides or [], minutes=minutes, resume=resume, overwrite=overwrite)
         print(f"autoencoder in {out / 'vae'}")
     else:
         assert vae is not None
-        training.run_sd(out, overrides or [], vae, measure, minutes=minutes, resume=resume, overwrite=overwrite)
+        training.run_sd(out, config, overrides or [], vae, measure, minutes=minutes, resume=resume, overwrite=overwrite)
         print(f"pipeline in {out / 'tiny-sd'}")
 
 

@@ -88,6 +88,7 @@ def build_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         timestep_spacing="trailing",  # runs of few steps start at the noise of training, too (arXiv 2305.08891)
         prediction_type="v_prediction",
     )
@@ -169,5 +170,7 @@ def train_diffusion(recipe: DiffusionRecipe, vae: AutoencoderKL, folder: Path, *
     state = fit(method, lambda step: pick_rows(len(pool), recipe.batch, seed, step), recipe.train, folder, **options)
     with state.averaged():
         pipe = assemble(vae, unet, text_encoder, tokenizer)
-        pipe.to(torch.float16).save_pretrained(folder / "tiny-sd", safe_serialization=True)
+        for network in (vae, unet, text_encoder):
+            network.half()
+        pipe.save_pretrained(folder / "tiny-sd", safe_serialization=True)
     return state

@@ -24,10 +24,16 @@ DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 1.5}  #
 
 
 def run_vae(
-    out: Path, overrides: list[str], *, minutes: float | None = None, resume: bool = False, overwrite: bool = False
+    out: Path,
+    config: Path | None,
+    overrides: list[str],
+    *,
+    minutes: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Train the autoencoder into `out/vae`, with `out/vae/card.json`."""
-    recipe = load_config(VAERecipe, None, overrides)
+    recipe = load_config(VAERecipe, config, overrides)
     folder = open_folder(out, recipe, resume=resume, overwrite=overwrite)
     state = train_vae(recipe, folder, minutes=minutes, resume=resume)
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)  # as saved: averaged and standardised
@@ -41,6 +47,7 @@ def measure_round_trip(vae: AutoencoderKL, scenes: int = 400) -> dict[str, dict[
 
 def run_sd(
     out: Path,
+    config: Path | None,
     overrides: list[str],
     vae: Path,
     measure: int,
@@ -50,7 +57,7 @@ def run_sd(
     overwrite: bool = False,
 ) -> None:
     """Train text encoder and UNet on the latents of `vae` into `out/tiny-sd`, measure it, write its card and grids."""
-    recipe = load_config(DiffusionRecipe, None, overrides)
+    recipe = load_config(DiffusionRecipe, config, overrides)
     if not (vae / "config.json").is_file():
         raise T2IError(
             f"Expected {vae} to be the folder of a trained autoencoder; make one with `playground train vae`."
