@@ -10,38 +10,30 @@ flow matching (`grid.py`).
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from t2i_align.config import nearest
-from t2i_align.errors import T2IError
 from t2i_align.keys import generator
-from t2i_align.pipelines.cond import Cond, Tree, take_row
-from t2i_align.pipelines.driven import Idle, Schedule, drive, on_device_of
-from t2i_align.pipelines.grid import Grid, prediction_type, scheduler_kind
+from t2i_align.pipelines.calling import DriverError
+from t2i_align.pipelines.cond import Cond
+from t2i_align.pipelines.driven import no_rows, show
+from t2i_align.pipelines.encoding import Encoder
+from t2i_align.pipelines.grid import Grid, Point
+from t2i_align.pipelines.indexed import needs_index
 from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, output_to_x0_eps
-from t2i_align.prompts import Prompts
 from t2i_align.trajectory import Trajectory
 
-# What the driver must know of single families; everything else goes through `__call__` as it is.
-ONE_TIMESTEP = {"AuraFlowPipeline", "ZImagePipeline"}  # their loops turn t into a number: batches are grouped by row
-PACKS_LATENTS = {"Flux2KleinPipeline", "Flux2Pipeline"}  # take other latents than their loops step
-NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}  # cannot finish a loop of no steps
+__all__ = ["Driver", "DriverError"]
 
+At = int | Tensor | Point  # a row of the grid, one row per sample (B,), or points off it
 OnStep = Callable[[int, Step, Tensor], Tensor | None]
 
 
-class DriverError(T2IError):
-    """A pipeline that cannot be driven, or a call it cannot serve."""
-
-
-class Driver:
+class Driver(Encoder):
     """Drive a pipeline.
 
     Args:
@@ -53,106 +45,18 @@ class Driver:
         SchedulerError: its scheduler cannot be read.
     """
 
-    any_cond: Cond | None
-    schedules: dict[tuple[int, str, str], Schedule]
-
-    def __init__(self, pipe: DiffusionPipeline, **call: Any) -> None:
-        needed = [name for name in ("scheduler", "encode_prompt", "prepare_latents") if not hasattr(pipe, name)]
-        self.function = inspect.unwrap(type(pipe).__call__)  # without the no_grad around it
-        self.accepts = inspect.signature(self.function).parameters
-        needed += [f"a {name}= argument" for name in ("prompt", "latents") if name not in self.accepts]
-        if needed:
-            raise DriverError(f"Expected a pipeline with {', '.join(needed)} but {type(pipe).__name__} has none.")
-        scheduler_kind(pipe.scheduler)
-        self.family = type(pipe).__name__
-        self.pipe, self.any_cond, self.schedules = pipe, None, {}
-        self.defaults = self._known(call)
-        # An offloaded pipeline computes elsewhere than its weights lie, and keeps finding out where on its own.
-        self.stays = pipe._execution_device == next(self.network.parameters()).device
-
-    @property
-    def network(self) -> torch.nn.Module:
-        """The denoiser: the pipeline's unet or transformer."""
-        for name in ("unet", "transformer", "denoiser"):
-            if getattr(self.pipe, name, None) is not None:
-                return getattr(self.pipe, name)
-        raise DriverError(f"Expected {type(self.pipe).__name__} to have a unet or a transformer but it has neither.")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number type of latents: what the network computes in."""
-        return next(self.network.parameters()).dtype
-
-    @property
-    def prediction(self) -> str:
-        """What the network predicts: `epsilon`, `v_prediction`, `sample` or `flow`."""
-        return prediction_type(self.pipe.scheduler)
-
-    # What the network is told
-
-    @torch.no_grad()
-    def encode(self, prompts: str | Sequence[str] | Prompts, negative: str | None = None, **call: Any) -> Cond:
-        """Run the text encoders once per different prompt, for both branches of guidance.
-
-        Args:
-            prompts: one row per sample.
-            negative: what guidance points away from; the pipeline's own default if None.
-            call: keywords of `__call__` that matter for the encoding.
-        """
-        table = Prompts.of(prompts)
-        unique = list(dict.fromkeys(table.text))
-        calls: list[Tree] = []
-        pipe = self._copy(rows=[])
-        original = pipe.encode_prompt
-        names = list(inspect.signature(original).parameters)
-
-        def record(*args: Any, **options: Any) -> Tree:
-            options = dict(zip(names, args, strict=False)) | options
-            if "do_classifier_free_guidance" in options:
-                options["do_classifier_free_guidance"] = True  # keep both branches, whatever this call's guidance is
-            calls.append(original(**options))
-            return calls[-1]
-
-        pipe.__dict__["encode_prompt"] = record
-        said = {} if negative is None else {"negative_prompt": [negative] * len(unique)}
-        self._run(pipe, 1, {**call, **said, "prompt": unique, "output_type": "latent"})
-        encoded = tuple(tuple(take_row(output, i, len(unique)) for output in calls) for i in range(len(unique)))
-        cond = Cond(encoded, tuple(unique.index(text) for text in table.text), table)
-        self.any_cond = self.any_cond or cond[:1]
-        return cond
-
-    def condition(self, prompts: Sequence[str] | None = None, **given: Any) -> Cond:
-        """A condition of ready-made keywords of `__call__`: `prompt_embeds=(B, ...)`, a list of B tensors, and so on.
-
-        Args:
-            prompts: what the rows say, for scorers that read it; empty texts if None.
-            given: keywords with B rows each.
-        """
-        if not given:
-            raise DriverError("Expected keywords such as prompt_embeds=(B, ...) but got none.")
-        rows = len(next(iter(self._known(given).values())))
-        table = Prompts.of(prompts, rows)
-        per_row = tuple({name: take_row(value, i, rows) for name, value in given.items()} for i in range(rows))
-        cond = Cond((), (0,) * rows, table, per_row)
-        self.any_cond = self.any_cond or cond[:1]
-        return cond
-
-    def _blank(self) -> Cond:
-        """Some condition, for calls in which the network is not run."""
-        return self.any_cond or self.encode("")
-
     # One network call
 
     def grid(self, steps: int, **call: Any) -> Grid:
         """The noise levels of a run, read after the pipeline itself has set its timesteps."""
         return self._schedule(steps, call).grid
 
-    def predict(self, x: Tensor, at: int | Tensor, cond: Cond, steps: int = 20, **call: Any) -> Tensor:
+    def predict(self, x: Tensor, at: At, cond: Cond, steps: int = 20, **call: Any) -> Tensor:
         """One guided network call.
 
         Args:
             x: (B, ...) latents as the pipeline's loop sees them.
-            at: row of the grid, or one row per sample (B,).
+            at: row of the grid, one row per sample (B,), or `grid.at(t)` for any timesteps.
             cond: B rows.
             steps: of the run whose grid `at` counts in.
             call: keywords of `__call__` that override the driver's (`guidance_scale=1.0` in a loss, say).
@@ -160,69 +64,114 @@ class Driver:
         Returns:
             (B, ...) the guided output in the scheduler's prediction type, with its graph where gradients are on.
         """
+        self._check_differentiable(x)
         if len(x) != len(cond):
             raise DriverError(f"Expected a cond of {len(x)} rows, one per latent, but got {len(cond)}.")
+        groups = _groups(self._checked(at, steps, call))
+        if len(groups) == 1:
+            return self._predict(x, groups[0][1], cond, steps, call)
+        if not self.one_timestep and not needs_index(type(self.pipe), {**self.defaults, **call}):
+            try:
+                return self._predict(x, at, cond, steps, call)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError):  # a loop that turns t into a number, not known as such
+                together = self._predict_in_groups(x, groups, cond, steps, call)
+                self.one_timestep = True
+                return together
+        return self._predict_in_groups(x, groups, cond, steps, call)
+
+    def _predict(self, x: Tensor, at: At, cond: Cond, steps: int, call: dict[str, Any]) -> Tensor:
+        captured: list[Tensor] = []
+        pipe = self._copy(show(at), on_output=captured.append)
+        told = self._tell(pipe, cond) | self._give(pipe, x.to(self.dtype))
+        self._run(pipe, steps, {**told, **call, "output_type": "latent"})
+        if len(captured) != 1:
+            raise DriverError(f"Expected one denoising step of {self.family} but saw {len(captured)}.")
+        return captured[0].as_subclass(Tensor)
+
+    def _predict_in_groups(
+        self, x: Tensor, groups: list[tuple[list[int], At]], cond: Cond, steps: int, call: dict[str, Any]
+    ) -> Tensor:
+        """One call per different row or timestep."""
+        outputs = [self._predict(x[mine], at, cond[mine], steps, call) for mine, at in groups]
+        order = torch.tensor([i for mine, _ in groups for i in mine])
+        return torch.cat(outputs)[order.argsort().to(x.device)]
+
+    def _checked(self, at: At, steps: int, call: dict[str, Any]) -> At:
+        if isinstance(at, Point):
+            return at
         last = self.grid(steps, **call).steps - 1
         if not 0 <= int(torch.as_tensor(at).min()) <= int(torch.as_tensor(at).max()) <= last:
             raise DriverError(f"Expected rows of the grid from 0 to {last} but got {at}.")
-        if isinstance(at, Tensor) and at.ndim:
-            different = at.unique().tolist()
-            if len(different) > 1 and self.family in ONE_TIMESTEP:
-                return self._predict_by_row(x, at, cond, steps, call)
-            at = at if len(different) > 1 else different[0]
-        captured: list[Tensor] = []
-        pipe = self._copy(rows=at, on_output=captured.append)
-        told = self._tell(pipe, cond) | self._give(pipe, x)
-        self._run(pipe, steps, {**told, **call, "output_type": "latent"})
-        if len(captured) != 1:
-            raise DriverError(f"Expected one denoising step of {type(self.pipe).__name__} but saw {len(captured)}.")
-        return captured[0].as_subclass(Tensor)
-
-    def _predict_by_row(self, x: Tensor, at: Tensor, cond: Cond, steps: int, call: dict[str, Any]) -> Tensor:
-        """`predict` in one call per different row."""
-        order, outputs = [], []
-        for row in at.unique().tolist():
-            mine = (at == row).nonzero()[:, 0].tolist()
-            outputs.append(self.predict(x[mine], row, cond[mine], steps, **call))
-            order += mine
-        return torch.cat(outputs)[torch.tensor(order).argsort().to(x.device)]
+        return at
 
     def step(
         self,
         x: Tensor,
-        at: int | Tensor,
+        at: At,
         cond: Cond,
         steps: int = 20,
         kernel: Kernel | None = None,
+        to: At | None = None,
         **call: Any,
     ) -> Step:
         """One reverse step as a value: x0 and eps (B, ...), and the Gaussian of the next latent; fp32.
 
+        Args:
+            x: (B, ...) latents.
+            at: as in `predict`.
+            cond: B rows.
+            steps: as in `predict`.
+            kernel: `ddim(1.0)` by default.
+            to: where the step leads; the next row of the grid by default, for a point the next one below it.
+            call: keywords of `__call__`.
+
         Raises:
             DriverError: the kernel is for flow-matching schedulers and this is none.
         """
-        kernel = kernel or ddim(1.0)
+        kernel = self._kernel(kernel, steps, call)
         grid = self.grid(steps, **call)
-        if kernel.linear_only and not grid.linear:
+        output = self.predict(x, at, cond, steps, **call).float()
+        below = torch.as_tensor(at.row if isinstance(at, Point) else at) + 1
+        here, there = grid.level(at, x), grid.level(below if to is None else to, x)
+        x0, eps = output_to_x0_eps(output, x.float(), here, self.prediction)
+        return Step(x0, eps, kernel(x0, eps, here, there))
+
+    def _kernel(self, kernel: Kernel | None, steps: int, call: dict[str, Any]) -> Kernel:
+        kernel = ddim(1.0) if kernel is None else kernel
+        if not isinstance(kernel, Kernel):
+            raise DriverError(
+                f"Expected a kernel such as ddim(1.0) but got {kernel!r}; 'native', the scheduler's own solver, has no "
+                "Gaussian and serves generate() alone."
+            )
+        if kernel.linear_only and not self.grid(steps, **call).linear:
             raise DriverError(
                 f"The kernel {kernel.name} is for flow-matching schedulers but {type(self.pipe.scheduler).__name__} is "
                 "none: use ddim(eta) or cps(level)."
             )
-        output = self.predict(x, at, cond, steps, **call).float()
-        row = torch.as_tensor(at)
-        here, there = grid.level(row, x), grid.level(row + 1, x)
-        x0, eps = output_to_x0_eps(output, x.float(), here, self.prediction)
-        return Step(x0, eps, kernel(x0, eps, here, there))
+        return kernel
 
     # Whole runs
 
     @torch.no_grad()
     def start(
-        self, cond: Cond, steps: int = 20, seed: int = 0, ids: Sequence[int] | None = None, **call: Any
+        self,
+        cond: Cond,
+        steps: int = 20,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **call: Any,
     ) -> Tensor:
         """Starting latents (B, ...) keyed by (seed, id); ids are 0 ... B - 1 unless given."""
         ids = range(len(cond)) if ids is None else ids
-        pipe = self._copy(rows=[])
+        chunks = [slice(first, first + batch_size) for first in range(0, len(cond), batch_size)]
+        x = torch.cat([self._start(cond[rows], steps, seed, ids[rows], call) for rows in chunks])
+        return (x.float() * self._schedule(steps, call).start_factor).to(self.dtype)
+
+    def _start(self, cond: Cond, steps: int, seed: int, ids: Sequence[int], call: dict[str, Any]) -> Tensor:
+        pipe = self._copy(no_rows)
         told = self._tell(pipe, cond)
         draws = [generator(seed, "start", i) for i in ids]
         made: list[Tensor] = []
@@ -236,7 +185,7 @@ class Driver:
         pipe.__dict__["prepare_latents"] = record
         self._run(pipe, steps, {**told, **call, "generator": draws, "output_type": "latent"})
         (x,) = made
-        return (x.float() * self._schedule(steps, call).start_factor).to(self.dtype)
+        return x
 
     @torch.no_grad()
     def rollout(
@@ -248,6 +197,7 @@ class Driver:
         on_step: OnStep | None = None,
         batch_size: int = 64,
         ids: Sequence[int] | None = None,
+        start: Tensor | None = None,
         **call: Any,
     ) -> Trajectory:
         """Sample B chains and keep every latent and log-probability.
@@ -265,38 +215,121 @@ class Driver:
                 None, replaces the latents (`log_prob` stays that of the sampled ones).
             batch_size: rows that go through the network together.
             ids: name the samples' random streams; 0 ... B - 1 by default.
+            start: (B, ...) starting latents; drawn by `start` if None.
             call: keywords of `__call__`.
         """
-        kernel = kernel or ddim(1.0)
+        kernel = self._kernel(kernel, steps, call)
         ids = list(range(len(cond)) if ids is None else ids)
-        x = self.start(cond, steps, seed, ids, **call)
-        grid = self.grid(steps, **call)
+        x = self.start(cond, steps, seed, ids, batch_size, **call) if start is None else start.to(self.dtype)
         latents, log_probs, stochastic = [x], [], []
-        for row in range(grid.steps):
+        for row in range(self.grid(steps, **call).steps):
             chunks = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
             made = _concatenate([self.step(x[rows], row, cond[rows], steps, kernel, **call) for rows in chunks])
-            noise = _noise(x, [generator(seed, "noise", i, row) for i in ids]) if made.q.std.any() else 0 * x
-            x = made.q.sample(noise).to(self.dtype)
+            noisy = bool(made.q.std.any())
+            x = made.q.sample(noise_of(x, seed, ids, row) if noisy else torch.zeros_like(x)).to(self.dtype)
             log_probs.append(made.q.log_prob(x))
             if on_step is not None:
                 replaced = on_step(row, made, x)
                 x = x if replaced is None else replaced.to(self.dtype)
             latents.append(x)
-            stochastic += [row] if made.q.std.any() else []
+            stochastic += [row] if noisy else []
+        self._release()
         return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), tuple(stochastic), cond)
 
-    def decode(self, latents: Tensor, batch_size: int = 16, **call: Any) -> Tensor:
+    def unroll(
+        self,
+        x: Tensor,
+        cond: Cond,
+        steps: int = 20,
+        kernel: Kernel | None = None,
+        rows: range | None = None,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        noise: Tensor | None = None,
+        checkpointing: bool = True,
+        **call: Any,
+    ) -> Tensor:
+        """Latents (B, ...) after several steps, with their graph: the latents of `rollout`, differentiable.
+
+        Gradients reach `x`, `noise` and the network. With `checkpointing` only the latents between steps are kept, and
+        each step is computed again in the backward pass.
+
+        Args:
+            x: (B, ...) latents at the first of `rows`.
+            cond: B rows.
+            steps: denoising steps of the whole run.
+            kernel: `ddim(1.0)` by default.
+            rows: rows of the grid to go through, in order; all by default.
+            seed: decides the noise as in `rollout`.
+            ids: as in `rollout`.
+            noise: (B, len(rows), ...) standard normal noise, instead of that of `seed`.
+            checkpointing: trade one more forward pass for memory.
+            call: keywords of `__call__`.
+        """
+        kernel = self._kernel(kernel, steps, call)
+        ids = list(range(len(cond)) if ids is None else ids)
+        rows = range(self.grid(steps, **call).steps) if rows is None else rows
+
+        def advance(x: Tensor, row: int, draw: Tensor) -> Tensor:
+            return self.step(x, row, cond, steps, kernel, **call).q.sample(draw).to(self.dtype)
+
+        x = x.to(self.dtype)
+        for i, row in enumerate(rows):
+            draw = noise[:, i] if noise is not None else noise_of(x, seed, ids, row)
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(advance, x, row, draw, use_reentrant=False)
+            else:
+                x = advance(x, row, draw)
+        return x
+
+    def decode(
+        self,
+        latents: Tensor,
+        batch_size: int = 16,
+        straight_through: bool = False,
+        checkpointing: bool = False,
+        **call: Any,
+    ) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of latents (B, ...), by the pipeline's own unpacking, scaling and decoder.
 
         Differentiable where gradients are on.
+
+        Args:
+            latents: as the pipeline's loop sees them.
+            batch_size: latents that are decoded together.
+            straight_through: let gradients through pixels that are clamped at 0 or 1, which otherwise have none.
+            checkpointing: compute the decoder again in the backward pass instead of keeping its features.
+            call: keywords of `__call__`.
         """
+        self._check_differentiable(latents)
+
+        def one(chunk: Tensor) -> Tensor:
+            return self._decode(chunk, straight_through, call)
+
         images = []
-        for first in range(0, len(latents), batch_size):
-            chunk = latents[first : first + batch_size]
-            pipe = self._copy(rows=[])
-            told = self._tell(pipe, self._blank()[[0] * len(chunk)]) | self._give(pipe, chunk)
-            images.append(self._run(pipe, 1, {**told, **call, "output_type": "pt"}))
+        for chunk in latents.split(batch_size):
+            again = checkpointing and torch.is_grad_enabled()
+            images.append(checkpoint(one, chunk, use_reentrant=False) if again else one(chunk))
+        self._release()
         return torch.cat(images)
+
+    def _decode(self, latents: Tensor, straight_through: bool, call: dict[str, Any]) -> Tensor:
+        pipe = self._copy(no_rows)
+        latents = latents.to(self.dtype)
+        if self._upcasts():  # the pipeline casts its decoder to fp32 and back, which a pending graph would not survive
+            self.exact_vae = self.exact_vae or copy.deepcopy(self.pipe.vae).float()
+            pipe.__dict__["vae"], latents = self.exact_vae, latents.float()
+        if straight_through:
+            processor = copy.copy(pipe.image_processor)
+            processor.denormalize = _denormalize_straight_through
+            pipe.__dict__["image_processor"] = processor
+        told = self._tell(pipe, self._blank()[[0] * len(latents)]) | self._give(pipe, latents)
+        return self._run(pipe, 1, {**told, **call, "output_type": "pt"})
+
+    def _upcasts(self) -> bool:
+        """Whether the pipeline decodes in fp32 although its decoder's weights are fp16 (SDXL)."""
+        vae = getattr(self.pipe, "vae", None)
+        return vae is not None and self.stays and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
 
     @torch.no_grad()
     def generate(
@@ -306,95 +339,48 @@ class Driver:
         kernel: Kernel | str = "native",
         seed: int = 0,
         batch_size: int = 16,
+        ids: Sequence[int] | None = None,
         **call: Any,
     ) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], by a kernel or by the scheduler's own solver.
 
         `native` is bit for bit what the pipeline itself makes of the same starting noise.
         """
-        if isinstance(kernel, Kernel):
-            return self.decode(self.rollout(cond, steps, kernel, seed, batch_size=batch_size, **call).x[:, -1])
+        ids = list(range(len(cond)) if ids is None else ids)
         if kernel != "native":
-            raise DriverError(f"Expected a kernel or 'native' but got {kernel!r}.")
+            if not isinstance(kernel, Kernel):
+                raise DriverError(f"Expected a kernel or 'native' but got {kernel!r}.")
+            made = self.rollout(cond, steps, kernel, seed, batch_size=batch_size, ids=ids, **call)
+            return self.decode(made.x[:, -1], batch_size, **call)
         images = []
         for first in range(0, len(cond), batch_size):
-            chunk = cond[first : first + batch_size]
-            draws = [generator(seed, "start", i) for i in range(first, first + len(chunk))]
-            pipe = self._copy(rows=None)
-            told = self._tell(pipe, chunk)
+            rows = slice(first, first + batch_size)
+            pipe = self._copy(None)
+            told = self._tell(pipe, cond[rows])
+            draws = [generator(seed, "start", i) for i in ids[rows]]
             images.append(self._run(pipe, steps, {**told, **call, "generator": draws, "output_type": "pt"}))
+        self._release()
         return torch.cat(images)
 
-    # How a pipeline is called
 
-    def _known(self, call: dict[str, Any]) -> dict[str, Any]:
-        if "num_inference_steps" in call:
-            raise DriverError("Expected steps= in each call but got num_inference_steps.")
-        unknown = [name for name in call if name not in self.accepts]
-        if unknown:
-            raise DriverError(
-                f"{type(self.pipe).__name__} takes no {', '.join(unknown)}.{nearest(unknown[0], self.accepts)}"
-            )
-        return call
+def noise_of(like: Tensor, seed: int, ids: Sequence[int], row: int) -> Tensor:
+    """The noise of a row of a rollout: standard normal (B, ...), fp32, one stream per sample."""
+    draws = [torch.randn(like.shape[1:], generator=generator(seed, "noise", i, row)) for i in ids]
+    return torch.stack(draws).to(like.device)
 
-    def _copy(
-        self,
-        rows: int | Tensor | list[int] | None,
-        on_output: Callable[[Tensor], None] | None = None,
-        on_grid: Callable[[Any], None] | None = None,
-    ) -> DiffusionPipeline:
-        """A shallow copy of the pipeline whose loop sees the grid rows `rows`; None keeps the scheduler's own loop."""
-        pipe = copy.copy(self.pipe)
-        own = pipe.__dict__  # not setattr: that would write through to the shared config
-        if rows == [] and self.family in NEEDS_A_STEP:
-            rows = [0]
-            own["unet"] = Idle(self.network)
-        own["scheduler"] = (
-            copy.deepcopy(self.pipe.scheduler) if rows is None else drive(self.pipe.scheduler, rows, on_output, on_grid)
-        )
-        if self.stays:
-            made: Any = type(self.pipe)
-            pipe.__class__ = on_device_of(made)
-            own["_execution_device"] = next(self.network.parameters()).device
-        own["_progress_bar_config"] = {"disable": True}
-        own["maybe_free_model_hooks"] = lambda: None
-        for name in ("safety_checker", "watermark"):
-            if hasattr(pipe, name):
-                own[name] = None
-        return pipe
 
-    def _tell(self, pipe: DiffusionPipeline, cond: Cond) -> dict[str, Any]:
-        """Let the copy's `encode_prompt` answer from `cond`; returns the keywords of the call."""
-        if not cond.encoded:
-            return {"prompt": None, **cond.keywords()}
-        numbers = itertools.count()
-        pipe.__dict__["encode_prompt"] = lambda *args, **options: cond.call(next(numbers))
-        return {"prompt": [""] * len(cond), **cond.keywords()}
+def _groups(at: At) -> list[tuple[list[int], At]]:
+    """Samples that share a row or timestep: pairs (their indices, it as a scalar); one pair where all do."""
+    values = at.t if isinstance(at, Point) else torch.as_tensor(at)
+    if not values.ndim:
+        return [([], at)]
+    return list(_split(at, values))
 
-    def _give(self, pipe: DiffusionPipeline, x: Tensor) -> dict[str, Any]:
-        """Make the copy start from latents `x`, as its loop sees them; returns the keywords of the call."""
-        x = x.to(self.dtype)
-        if self.family not in PACKS_LATENTS:
-            return {"latents": x}
-        prepare = pipe.prepare_latents
-        pipe.__dict__["prepare_latents"] = lambda *args, **options: (x, *prepare(*args, **options)[1:])
-        return {}
 
-    def _run(self, pipe: DiffusionPipeline, steps: int, call: dict[str, Any]) -> Tensor:
-        """Call the copy; returns its first output."""
-        return self.function(pipe, num_inference_steps=steps, **{**self.defaults, **self._known(call)})[0]
-
-    def _schedule(self, steps: int, call: dict[str, Any]) -> Schedule:
-        """Grid and start of a run, read once."""
-        key = (steps, repr(sorted({**self.defaults, **call}.items())), repr(self.pipe.scheduler.config))
-        if key not in self.schedules:
-            seen: list[Schedule] = []
-            pipe = self._copy(rows=[], on_grid=lambda scheduler: seen.append(Schedule.read(scheduler)))
-            told = self._tell(pipe, self._blank())
-            with torch.no_grad():
-                self._run(pipe, steps, {**told, **call, "output_type": "latent"})
-            self.schedules[key] = seen[-1]
-        return self.schedules[key]
+def _split(at: At, values: Tensor) -> Iterator[tuple[list[int], At]]:
+    for value in values.unique():
+        mine = (values == value).nonzero()[:, 0].tolist()
+        yield mine, Point(*(part[mine[0]] for part in at)) if isinstance(at, Point) else int(value)
 
 
 def _concatenate(steps: list[Step]) -> Step:
@@ -404,6 +390,7 @@ def _concatenate(steps: list[Step]) -> Step:
     return Step(torch.cat([s.x0 for s in steps]), torch.cat([s.eps for s in steps]), q)
 
 
-def _noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Standard normal noise (B, ...), fp32, one stream per sample."""
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device)
+def _denormalize_straight_through(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], clamped in value but not in gradient."""
+    free = images * 0.5 + 0.5
+    return free + (free.clamp(0, 1) - free).detach()

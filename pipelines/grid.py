@@ -36,29 +36,66 @@ class Level(NamedTuple):
     sigma: Tensor
 
 
+class Point(NamedTuple):
+    """Noise levels off the grid: timestep, alpha and sigma, scalars or one per sample (B,).
+
+    `row`: the row of the grid whose interval t lies in, t_row >= t > t_(row + 1).
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    row: Tensor
+
+
 class Grid(NamedTuple):
     """N rows of a sampling run, noisiest first.
 
     `t`: (N,) timesteps as the pipeline's loop sees them. `alpha`, `sigma`: (N + 1,) float64; row i leads from level i
     to level i + 1, and the last level is where the run ends (sigma 0 for most schedulers). `linear` says that
-    alpha = 1 - sigma (flow matching), otherwise alpha^2 + sigma^2 = 1.
+    alpha = 1 - sigma (flow matching), otherwise alpha^2 + sigma^2 = 1. `trained`: float64 alpha at the timesteps
+    0, 1, 2, ... that the network was trained on.
     """
 
     t: Tensor
     alpha: Tensor
     sigma: Tensor
     linear: bool
+    trained: Tensor
 
     @property
     def steps(self) -> int:
         """Number of rows."""
         return len(self.t)
 
-    def level(self, row: int | Tensor, like: Tensor) -> Level:
-        """The level of a row, or of one row per sample (B,), in fp32, shaped to broadcast against `like` (B, ...)."""
-        picked = torch.as_tensor(row)
-        shape = (-1, *[1] * (like.ndim - 1)) if picked.ndim else ()
-        return Level(*(values[picked].to(like.device, torch.float32).reshape(shape) for values in self[1:3]))
+    def level(self, at: int | Tensor | Point, like: Tensor) -> Level:
+        """The level of a row or point, or of one per sample (B,), in fp32, shaped to broadcast with `like` (B, ...)."""
+        if isinstance(at, Point):
+            picked = [at.alpha, at.sigma]
+        else:
+            picked = [values[torch.as_tensor(at, device=values.device)] for values in (self.alpha, self.sigma)]
+        shape = (-1, *[1] * (like.ndim - 1)) if picked[0].ndim else ()
+        return Level(*(values.to(like.device, torch.float32).reshape(shape) for values in picked))
+
+    def at(self, t: float | Tensor) -> Point:
+        """A timestep, or one per sample (B,), that need not be on the grid.
+
+        alpha is interpolated linearly between the timesteps that the network was trained on. Rows of the grid come out
+        as themselves, but for schedulers that place rows between those timesteps or round them (Karras sigmas).
+
+        Raises:
+            SchedulerError: outside the timesteps of training.
+        """
+        wanted = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        last = len(self.trained) - 1
+        if not bool(((wanted >= 0) & (wanted <= last)).all()):
+            raise SchedulerError(f"Expected timesteps from 0 to {last} but got {t}.")
+        below = wanted.floor().long().clamp(max=last - 1)
+        alpha = torch.lerp(self.trained[below], self.trained[below + 1], wanted - below)
+        sigma = 1 - alpha if self.linear else (1 - alpha.square()).clamp(min=0).sqrt()
+        row = ((self.t.double() >= wanted[..., None]).sum(-1) - 1).clamp(min=0)
+        whole = bool((wanted == wanted.round()).all())
+        return Point(wanted.to(self.t.dtype if whole else torch.float32), alpha, sigma, row)
 
 
 def read_grid(scheduler: Any) -> Grid:
@@ -76,9 +113,10 @@ def read_grid(scheduler: Any) -> Grid:
     keep = torch.cat([torch.tensor([True]), sigmas[1 : len(t)] != sigmas[: len(t) - 1]])
     t, levels = t[keep], torch.cat([sigmas[: len(t)][keep], sigmas[-1:]])
     if kind == "flow" or scheduler.config.get("use_flow_sigmas", False):
-        return Grid(t, 1 - levels, levels, True)
+        trained = torch.linspace(1, 0, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)
+        return Grid(t, 1 - levels, levels, True, trained)
     alpha = (1 + levels.square()).rsqrt()
-    return Grid(t, alpha, levels * alpha, False)
+    return Grid(t, alpha, levels * alpha, False, scheduler.alphas_cumprod.double().cpu().sqrt())
 
 
 def scheduler_kind(scheduler: Any) -> str:
@@ -114,5 +152,6 @@ def _read_alphas(scheduler: Any) -> Grid:
     keep = torch.cat([torch.tensor([True]), t[1:] != t[:-1]])
     t = t[keep]
     last = getattr(scheduler, "final_alpha_cumprod", torch.ones(()))
-    squares = torch.cat([scheduler.alphas_cumprod.cpu()[t.long()].double(), last.cpu().double()[None]])
-    return Grid(t, squares.sqrt(), (1 - squares).clamp(min=0).sqrt(), False)
+    trained = scheduler.alphas_cumprod.cpu().double()
+    squares = torch.cat([trained[t.long()], last.cpu().double()[None]])
+    return Grid(t, squares.sqrt(), (1 - squares).clamp(min=0).sqrt(), False, trained.sqrt())

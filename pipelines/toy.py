@@ -224,8 +224,10 @@ class ToyPipeline(DiffusionPipeline):
         if scheduler_kind(self.scheduler) == "flow":
             sigma = (t / self.scheduler.config.num_train_timesteps).to(x.dtype)
             return Level(1 - sigma, sigma)
-        square = self.scheduler.alphas_cumprod.to(x.device, x.dtype)[t.long()]
-        return Level(square.sqrt(), (1 - square).sqrt())
+        alphas = self.scheduler.alphas_cumprod.to(x.device, torch.float64).sqrt()
+        below = t.long().clamp(max=len(alphas) - 2)
+        alpha = torch.lerp(alphas[below], alphas[below + 1], t - below.double())
+        return Level(alpha.to(x.dtype), (1 - alpha.square()).sqrt().to(x.dtype))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, size, size) of latents: 0.5 + x / 16."""

@@ -64,6 +64,12 @@ class Prompts(Sequence[str]):
             {name: tuple(values[i] for i in rows) for name, values in self.columns.items()},
         )
 
+    def __add__(self, other: Prompts) -> Prompts:
+        """The rows of both, one after the other, with the columns that both have."""
+        shared = [name for name in self.columns if name in other.columns]
+        columns = {name: tuple(self.columns[name]) + tuple(other.columns[name]) for name in shared}
+        return Prompts(self.text + other.text, columns)
+
     def repeat(self, times: int) -> Prompts:
         """Each row `times` times, group-major: a a b b."""
         return self[[i for i in range(len(self)) for _ in range(times)]]

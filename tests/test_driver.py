@@ -3,12 +3,16 @@
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload
 
-from t2i_align.pipelines.driver import Driver, DriverError
+from t2i_align.pipelines.cond import CondError, collate
+from t2i_align.pipelines.driver import Driver, DriverError, noise_of
 from t2i_align.pipelines.grid import SchedulerError
+from t2i_align.pipelines.indexed import needs_index
 from t2i_align.pipelines.kernels import ddim, flow_sde, ode
 from t2i_align.pipelines.loading import load_pipeline
 from t2i_align.pipelines.toy import Mixture, toy_pipeline
+from tests.families import FAMILIES
 
 PROMPTS = ["a red circle", "two green stars", "a red circle"]
 
@@ -164,6 +168,162 @@ def test_gradients_agree_with_finite_differences():
     torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-7, atol=1e-7)
 
 
+def test_a_point_of_the_grid_is_its_row(driver, cond):
+    x, grid = driver.start(cond, 4, seed=0), driver.grid(4)
+    point = grid.at(grid.t[1].item())
+    assert int(point.row) == 1
+    torch.testing.assert_close(point.alpha, grid.alpha[1], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(driver.predict(x, point, cond, 4), driver.predict(x, 1, cond, 4))
+        mine, theirs = (driver.step(x, at, cond, 4) for at in (point, 1))
+    torch.testing.assert_close(mine.q.mean, theirs.q.mean)
+    several = grid.at(grid.t[torch.tensor([0, 2, 3])])
+    assert several.row.tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_timesteps_off_the_grid_are_exact_on_the_toy(flow):
+    """The toy's denoiser is the posterior mean at any level: x0 must be it, with the level that `grid.at` says."""
+    mixture = Mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-2.0] * 3, [1.0] * 3]), torch.tensor([0.5, 0.8]))
+    driver = Driver(toy_pipeline(mixture, flow, size=2))
+    cond = driver.condition(prompt_embeds=torch.zeros(3))
+    grid = driver.grid(7)
+    point = grid.at(torch.tensor([3.5, 500.0, 871.25]))
+    x = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    step = driver.step(x, point, cond, 7, ddim(0.5), to=grid.at(torch.tensor([1.0, 400.0, 870.0])))
+    level = grid.level(point, x)
+    for i in range(3):
+        inner = type(level)(level.alpha[i].flatten(), level.sigma[i].flatten())
+        exact = mixture.denoise(x[i].movedim(0, -1), inner).movedim(-1, 0)
+        torch.testing.assert_close(step.x0[i], exact.float(), rtol=1e-4, atol=1e-4)
+    assert step.q.std.shape == (3, 1, 1, 1)
+    with pytest.raises(SchedulerError, match="timesteps from 0 to"):
+        grid.at(1e6)
+
+
+def test_an_unrolled_run_is_the_rollout_with_its_graph(driver, cond):
+    trajectory = driver.rollout(cond, 3, seed=3)
+    x = trajectory.x[:, 0].clone().requires_grad_()
+    gradients = []
+    for checkpointing in (True, False):
+        end = driver.unroll(x, cond, 3, seed=3, checkpointing=checkpointing)
+        torch.testing.assert_close(end, trajectory.x[:, -1], rtol=1e-5, atol=1e-5)
+        weight = next(driver.network.parameters())
+        gradients.append(torch.autograd.grad(end.square().sum(), [x, weight]))
+    for mine, theirs in zip(*gradients, strict=True):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unrolled_run_may_start_late_and_bring_its_noise(driver, cond):
+    trajectory = driver.rollout(cond, 4, seed=3)
+    noise = torch.randn(3, 2, *trajectory.x.shape[2:], generator=torch.Generator().manual_seed(1)).requires_grad_()
+    end = driver.unroll(trajectory.x[:, 1], cond, 4, rows=range(1, 3), noise=noise)
+    (gradient,) = torch.autograd.grad(end.sum(), noise)
+    assert gradient.abs().sum() > 0
+    own = torch.stack([noise_of(trajectory.x[:, 0], 3, range(3), row) for row in (1, 2)], 1)
+    end = driver.unroll(trajectory.x[:, 1], cond, 4, rows=range(1, 3), noise=own)
+    torch.testing.assert_close(end, trajectory.x[:, 3], rtol=1e-5, atol=1e-5)
+
+
+def test_a_straight_through_clamp_keeps_gradients_of_saturated_pixels():
+    own = load_pipeline("tiny-sd")
+    with torch.no_grad():
+        own.vae.decoder.conv_out.weight.mul_(5)  # glaring colours
+    driver = Driver(own)
+    x = driver.start(driver.encode(PROMPTS), 4).requires_grad_()
+    clamped, free = driver.decode(x), driver.decode(x, straight_through=True)
+    torch.testing.assert_close(clamped, free)
+    saturated = (clamped == 0) | (clamped == 1)
+    assert saturated.any()
+    assert not torch.autograd.grad(clamped[saturated].sum(), x)[0].any()
+    assert torch.autograd.grad(free[saturated].sum(), x)[0].any()
+
+
+def test_a_checkpointed_decode_has_the_same_gradient(driver, cond):
+    x = driver.start(cond, 4).requires_grad_()
+    images = [driver.decode(x, batch_size=2, checkpointing=again) for again in (True, False)]
+    assert torch.equal(*images)
+    gradients = [torch.autograd.grad(image.square().sum(), x)[0] for image in images]
+    torch.testing.assert_close(*gradients)
+
+
+def test_encoding_in_chunks_changes_only_rounding(driver, cond):
+    small = driver.encode(PROMPTS, batch_size=1)
+    for mine, theirs in zip(small.call(0), cond.call(0), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_conditions_are_joined_and_moved(driver, cond):
+    both = cond[:1] + driver.encode(["a blue star"])
+    assert both.prompts.text == ("a red circle", "a blue star")
+    assert torch.equal(both.call(0)[0][0], cond.call(0)[0][0])
+    assert both.to("meta").call(0)[0].device.type == "meta"
+    with pytest.raises(CondError, match="same keywords"):
+        cond + driver.condition(prompt_embeds=torch.zeros(1, 16, 128))
+    with pytest.raises(CondError, match="image to have 3 rows"):
+        cond.having(image=torch.zeros(2, 3, 8, 8))
+
+
+def test_sequences_of_different_lengths_are_padded_and_masked():
+    rows = [(torch.ones(2, 4), None), (torch.ones(3, 4), torch.tensor([1, 1, 0]))]
+    embeds, mask = collate(rows)
+    assert embeds.shape == (2, 3, 4)
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 0]]
+    with pytest.raises(CondError, match="in one call"):
+        collate([(torch.ones(2, 4),), (torch.ones(3, 4),)])
+
+
+def test_freed_text_encoders_are_gone_but_the_run_goes_on():
+    own = load_pipeline("tiny-sd")
+    driver = Driver(own, guidance_scale=3.0)
+    cond = driver.encode(PROMPTS)
+    before = driver.rollout(cond, 2).x
+    freed = driver.free_text_encoders(drop=True)
+    assert freed == 4 * sum(p.numel() for p in own.text_encoder.parameters())
+    assert next(own.text_encoder.parameters()).is_meta
+    assert torch.equal(driver.rollout(cond, 2).x, before)
+    assert driver.generate(cond, 2).isfinite().all()
+    with pytest.raises(DriverError, match="were freed"):
+        driver.encode("a red circle")
+
+
+def test_an_offloaded_pipeline_samples_but_has_no_gradients(driver, cond):
+    """accelerate's hooks hold the weights elsewhere ("meta") and bring them in for each call."""
+    own = load_pipeline("tiny-sd")
+    for module in (own.unet, own.vae, own.text_encoder):
+        cpu_offload(module, execution_device=torch.device("cpu"))
+    offloaded = Driver(own, guidance_scale=3.0)
+    assert not offloaded.stays
+    theirs = offloaded.rollout(offloaded.encode(PROMPTS), 2)
+    assert torch.equal(theirs.x, driver.rollout(cond, 2).x)
+    with torch.no_grad():
+        offloaded.decode(theirs.x[:, -1])
+    with pytest.raises(DriverError, match="offloaded"):
+        offloaded.predict(theirs.x[:, 0].requires_grad_(), 0, cond, 2)
+
+
+def test_an_active_cache_is_refused():
+    pipe = FAMILIES["flux-schnell"]().pipe
+    driver = Driver(pipe, height=16, width=16)
+    cond = driver.condition(prompt_embeds=torch.randn(1, 7, 32), pooled_prompt_embeds=torch.randn(1, 32))
+    x = driver.start(cond, 2)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(DriverError, match="no active cache"):
+        driver.predict(x, 0, cond, 2)
+
+
+def test_only_loops_that_read_their_index_are_said_to():
+    assert not needs_index(diffusers.StableDiffusionPipeline, {})
+    assert not needs_index(diffusers.FluxPipeline, {})
+    assert not needs_index(diffusers.StableDiffusion3Pipeline, {})
+    assert needs_index(diffusers.StableDiffusion3Pipeline, {"skip_guidance_layers": [1]})
+    assert not needs_index(diffusers.Lumina2Pipeline, {})
+    assert needs_index(diffusers.Lumina2Pipeline, {"cfg_trunc_ratio": 0.5})
+    assert not needs_index(diffusers.StableDiffusionControlNetPipeline, {})
+    assert needs_index(diffusers.StableDiffusionControlNetPipeline, {"control_guidance_end": 0.5})
+
+
 def test_refusals_are_clear(pipe, driver, cond):
     with pytest.raises(DriverError, match=r"takes no guidance_scal\. Did you mean 'guidance_scale'"):
         Driver(pipe, guidance_scal=3.0)
@@ -171,6 +331,8 @@ def test_refusals_are_clear(pipe, driver, cond):
         driver.step(driver.start(cond, 4), 0, cond, 4, flow_sde())
     with pytest.raises(DriverError, match="cond of 2 rows"):
         driver.predict(torch.zeros(2, 8, 8, 8), 0, cond, 4)
+    with pytest.raises(DriverError, match="no Gaussian"):
+        driver.rollout(cond, 4, kernel="native")
     with pytest.raises(DriverError, match="'fast'"):
         driver.generate(cond, 4, kernel="fast")
     swapped = with_scheduler(pipe, diffusers.RePaintScheduler())

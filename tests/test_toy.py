@@ -114,7 +114,7 @@ def test_a_prompt_moves_the_prior_and_guidance_moves_it_further():
         for text, scale in (("0", 1.0), ("1.5", 1.0), ("a red circle", 1.0), ("1.5", 2.0))
     ]
     pipe.scheduler.set_timesteps(50)
-    _, alpha, sigma, _ = read_grid(pipe.scheduler)
+    _, alpha, sigma, *_ = read_grid(pipe.scheduler)
     gain = (alpha[1:] * alpha[:-1] + sigma[1:] * sigma[:-1]).prod()  # of the start, through all DDIM steps
     kept = (1 - alpha[0] * gain).item()  # the start is N(0, 1), not the marginal of a moved prior
     assert means[1] - means[0] == pytest.approx(1.5 * kept, abs=1e-4)

@@ -1,0 +1,183 @@
+"""How a pipeline is called: on a shallow copy, told what to encode, where to start and which timesteps to see."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import CacheMixin, DiffusionPipeline
+from torch import Tensor, nn
+
+from t2i_align.config import nearest
+from t2i_align.errors import T2IError
+from t2i_align.pipelines.cond import Cond
+from t2i_align.pipelines.driven import Idle, Schedule, Selection, drive, indexed_call, no_rows, on_device_of
+from t2i_align.pipelines.grid import prediction_type, scheduler_kind
+
+# What must be known of single families; everything else goes through `__call__` as it is.
+ONE_TIMESTEP = {"AuraFlowPipeline", "ZImagePipeline"}  # their loops turn t into a number: batches are grouped by row
+PACKS_LATENTS = {"Flux2KleinPipeline", "Flux2Pipeline"}  # take other latents than their loops step
+NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}  # cannot finish a loop of no steps
+
+
+class DriverError(T2IError):
+    """A pipeline that cannot be driven, or a call it cannot serve."""
+
+
+class Caller:
+    """A pipeline and the keywords of every call."""
+
+    any_cond: Cond | None
+    schedules: dict[tuple[int, str, str], Schedule]
+
+    def __init__(self, pipe: DiffusionPipeline, **call: Any) -> None:
+        made: Any = type(pipe)
+        self.function = indexed_call(made)
+        self.accepts = inspect.signature(self.function).parameters
+        needed = [name for name in ("scheduler", "encode_prompt", "prepare_latents") if not hasattr(pipe, name)]
+        needed += [f"a {name}= argument" for name in ("prompt", "latents") if name not in self.accepts]
+        if needed:
+            raise DriverError(f"Expected a pipeline with {', '.join(needed)} but {type(pipe).__name__} has none.")
+        scheduler_kind(pipe.scheduler)
+        self.family = type(pipe).__name__
+        self.pipe, self.any_cond, self.schedules = pipe, None, {}
+        self.defaults = self._known(call)
+        self.one_timestep = self.family in ONE_TIMESTEP
+        self.freed: tuple[str, ...] = ()
+        self.exact_vae: nn.Module | None = None
+        # An offloaded pipeline computes elsewhere than its weights lie, and keeps finding out where on its own.
+        self.stays = pipe._execution_device == next(self.network.parameters()).device
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoiser: the pipeline's unet or transformer."""
+        for name in ("unet", "transformer", "denoiser"):
+            if getattr(self.pipe, name, None) is not None:
+                return getattr(self.pipe, name)
+        raise DriverError(f"Expected {self.family} to have a unet or a transformer but it has neither.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of latents: what the network computes in."""
+        return self.network.dtype  # type: ignore[return-value]
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: `epsilon`, `v_prediction`, `sample` or `flow`."""
+        return prediction_type(self.pipe.scheduler)
+
+    def _known(self, call: dict[str, Any]) -> dict[str, Any]:
+        if "num_inference_steps" in call:
+            raise DriverError("Expected steps= in each call but got num_inference_steps.")
+        unknown = [name for name in call if name not in self.accepts]
+        if unknown:
+            raise DriverError(f"{self.family} takes no {', '.join(unknown)}.{nearest(unknown[0], self.accepts)}")
+        return call
+
+    def _copy(
+        self,
+        selection: Selection | None,
+        on_output: Callable[[Tensor], None] | None = None,
+        on_grid: Callable[[Any], None] | None = None,
+    ) -> DiffusionPipeline:
+        """A shallow copy of the pipeline whose loop sees the timesteps of a selection; None: the scheduler's own."""
+        pipe = copy.copy(self.pipe)
+        own = pipe.__dict__  # not setattr: that would write through to the shared config
+        if selection is no_rows and self.family in NEEDS_A_STEP:
+            own["unet"] = Idle(self.network)
+            selection = _first_row
+        if selection is None:
+            own["scheduler"] = copy.deepcopy(self.pipe.scheduler)
+        else:
+            own["scheduler"] = drive(self.pipe.scheduler, selection, on_output, on_grid)
+        if self.stays:
+            made: Any = type(self.pipe)
+            pipe.__class__ = on_device_of(made)
+            own["_execution_device"] = own["device"] = next(self.network.parameters()).device
+        own["progress_bar"] = _silent
+        own["maybe_free_model_hooks"] = lambda: None
+        for name in ("safety_checker", "watermark"):
+            if hasattr(pipe, name):
+                own[name] = None
+        return pipe
+
+    def _tell(self, pipe: DiffusionPipeline, cond: Cond) -> dict[str, Any]:
+        """Let the copy's `encode_prompt` answer from `cond`; returns the keywords of the call."""
+        if not cond.encoded:
+            return {"prompt": None, **cond.keywords()}
+        numbers = itertools.count()
+        pipe.__dict__["encode_prompt"] = lambda *args, **options: cond.call(next(numbers))
+        return {"prompt": [""] * len(cond), **cond.keywords()}
+
+    def _give(self, pipe: DiffusionPipeline, x: Tensor) -> dict[str, Any]:
+        """Make the copy start from latents `x`, as its loop sees them; returns the keywords of the call."""
+        if self.family not in PACKS_LATENTS:
+            return {"latents": x}
+        prepare = pipe.prepare_latents
+        pipe.__dict__["prepare_latents"] = lambda *args, **options: (x, *prepare(*args, **options)[1:])
+        return {}
+
+    def _run(self, pipe: DiffusionPipeline, steps: int, call: dict[str, Any]) -> Tensor:
+        """Call the copy; returns its first output."""
+        network = self.network
+        if isinstance(network, CacheMixin) and network.is_cache_enabled:
+            raise DriverError(
+                f"Expected no active cache on the denoiser of {self.family}, as calls would see each other's features: "
+                "call its disable_cache() first."
+            )
+        return self.function(pipe, num_inference_steps=steps, **{**self.defaults, **self._known(call)})[0]
+
+    def _schedule(self, steps: int, call: dict[str, Any]) -> Schedule:
+        """Grid and start of a run, read once."""
+        key = (steps, repr(sorted({**self.defaults, **call}.items())), repr(self.pipe.scheduler.config))
+        if key not in self.schedules:
+            seen: list[Schedule] = []
+            pipe = self._copy(no_rows, on_grid=lambda scheduler: seen.append(Schedule.read(scheduler)))
+            told = self._tell(pipe, self._blank())
+            with torch.no_grad():
+                self._run(pipe, steps, {**told, **call, "output_type": "latent"})
+            self.schedules[key] = seen[-1]
+        return self.schedules[key]
+
+    def _blank(self) -> Cond:
+        """Some condition, for calls in which the network is not run."""
+        raise NotImplementedError
+
+    def _check_differentiable(self, x: Tensor) -> None:
+        if self.stays or not torch.is_grad_enabled():
+            return
+        if x.requires_grad or any(p.requires_grad for p in self.network.parameters()):
+            raise DriverError(
+                f"Expected {self.family} to stay on its device in calls with gradients but it is offloaded: load it "
+                "without offload, or call under torch.no_grad()."
+            )
+
+    def _release(self) -> None:
+        """After a run of an offloaded pipeline: let its hooks move the networks off the device."""
+        if not self.stays:
+            self.pipe.maybe_free_model_hooks()
+
+
+def _first_row(t: Tensor) -> list[tuple[int, Tensor]]:
+    return [(0, t[0])]
+
+
+class _Silence:
+    """A progress bar that shows nothing."""
+
+    def update(self, n: int = 1) -> None:
+        pass
+
+
+def _silent(iterable: Any = None, total: int | None = None) -> Any:
+    return _nothing() if iterable is None else iterable
+
+
+@contextmanager
+def _nothing() -> Iterator[_Silence]:
+    yield _Silence()
