@@ -22,6 +22,7 @@ from t2i_align.pipelines.grid import prediction_type, scheduler_kind
 # What must be known of single families; everything else goes through `__call__` as it is.
 ONE_TIMESTEP = {"AuraFlowPipeline", "ZImagePipeline"}  # their loops turn t into a number: batches are grouped by row
 PACKS_LATENTS = {"Flux2KleinPipeline", "Flux2Pipeline"}  # take other latents than their loops step
+SECOND_AXIS = {"HiDreamImagePipeline": 4}  # samples lie along the second axis of tensors with so many dimensions
 NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}  # cannot finish a loop of no steps
 
 
@@ -47,7 +48,7 @@ class Caller:
         self.family = type(pipe).__name__
         self.pipe, self.any_cond, self.schedules = pipe, None, {}
         self.defaults = self._known(call)
-        self.one_timestep = self.family in ONE_TIMESTEP
+        self.one_timestep, self.second_axis = self.family in ONE_TIMESTEP, SECOND_AXIS.get(self.family, 0)
         self.freed: tuple[str, ...] = ()
         self.exact_vae: nn.Module | None = None
         # An offloaded pipeline computes elsewhere than its weights lie, and keeps finding out where on its own.
@@ -63,7 +64,7 @@ class Caller:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number type of latents: what the network computes in."""
+        """The number type the network computes in."""
         return self.network.dtype  # type: ignore[return-value]
 
     @property
@@ -130,7 +131,9 @@ class Caller:
                 f"Expected no active cache on the denoiser of {self.family}, as calls would see each other's features: "
                 "call its disable_cache() first."
             )
-        return self.function(pipe, num_inference_steps=steps, **{**self.defaults, **self._known(call)})[0]
+        # A generator of its own: what a pipeline draws in passing must not move torch's global one.
+        own = {"generator": torch.Generator()} if "generator" in self.accepts else {}
+        return self.function(pipe, num_inference_steps=steps, **{**own, **self.defaults, **self._known(call)})[0]
 
     def _schedule(self, steps: int, call: dict[str, Any]) -> Schedule:
         """Grid and start of a run, read once."""
@@ -138,11 +141,24 @@ class Caller:
         if key not in self.schedules:
             seen: list[Schedule] = []
             pipe = self._copy(no_rows, on_grid=lambda scheduler: seen.append(Schedule.read(scheduler)))
-            told = self._tell(pipe, self._blank())
             with torch.no_grad():
-                self._run(pipe, steps, {**told, **call, "output_type": "latent"})
-            self.schedules[key] = seen[-1]
+                x = self._first_latents(pipe, self._blank(), steps, call)
+            self.schedules[key] = seen[-1]._replace(dtype=x.dtype)
         return self.schedules[key]
+
+    def _first_latents(self, pipe: DiffusionPipeline, cond: Cond, steps: int, call: dict[str, Any]) -> Tensor:
+        """What the copy's own `prepare_latents` makes, as its loop would see it."""
+        made: list[Any] = []
+        prepare = pipe.prepare_latents
+
+        def record(*args: Any, **options: Any) -> Any:
+            made.append(prepare(*args, **options))
+            return made[-1]
+
+        pipe.__dict__["prepare_latents"] = record
+        self._run(pipe, steps, {**self._tell(pipe, cond), **call, "output_type": "latent"})
+        (x,) = made
+        return x[0] if isinstance(x, tuple) else x
 
     def _blank(self) -> Cond:
         """Some condition, for calls in which the network is not run."""

@@ -25,6 +25,12 @@ class _Listed(NamedTuple):
     item: Any
 
 
+class _Slice(NamedTuple):
+    """A row of a tensor whose samples lie along its second axis."""
+
+    item: Tensor
+
+
 @dataclass(frozen=True)
 class Cond:
     """What the network is told, one row per sample.
@@ -97,25 +103,39 @@ class Cond:
         return {name: collate([row[name] for row in self.given]) for name in names}
 
 
-def rows_of(given: dict[str, Any], rows: int) -> list[dict[str, Tree]]:
-    """Split keywords that have one entry per sample.
+def rows_of(given: dict[str, Any], rows: int, second_axis: int = 0) -> list[dict[str, Tree]]:
+    """Split keywords that have one entry per sample (`second_axis`: as in `split_rows`).
 
     Raises:
         CondError: one has not.
     """
+    parts = {}
     for name, value in given.items():
-        if not isinstance(value, (Tensor, list, tuple)) or len(value) != rows:
-            size = len(value) if isinstance(value, (Tensor, list, tuple)) else "no"
-            raise CondError(f"Expected {name} to have {rows} rows, one per sample, but it has {size}.")
-    return [{name: v[i] if isinstance(v, Tensor) else _Listed(v[i]) for name, v in given.items()} for i in range(rows)]
+        listed = list(value) if isinstance(value, (list, tuple)) else value
+        sizes = [len(v) for v in (listed,) if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim)]
+        if second_axis and isinstance(value, Tensor) and value.ndim == second_axis:
+            sizes = [value.shape[1]]
+        if sizes != [rows]:
+            found = sizes[0] if sizes else "no"
+            raise CondError(f"Expected {name} to have {rows} rows, one per sample, but it has {found}.")
+        parts[name] = split_rows(listed, rows, second_axis)
+    return [{name: part[i] for name, part in parts.items()} for i in range(rows)]
 
 
-def split_rows(tree: Tree, rows: int) -> list[Tree]:
-    """An encoder's output for `rows` prompts -> one tree each; what has no row per prompt belongs to all."""
+def split_rows(tree: Tree, rows: int, second_axis: int = 0) -> list[Tree]:
+    """An encoder's output for `rows` prompts -> one tree each; what has no row per prompt belongs to all.
+
+    Args:
+        tree: nested tuples of tensors and lists.
+        rows: number of prompts.
+        second_axis: tensors of so many dimensions have their rows along the second one.
+    """
+    if isinstance(tree, Tensor) and second_axis and tree.ndim == second_axis:
+        return [_Slice(item) for item in tree.unbind(1)]
     if isinstance(tree, Tensor) and tree.ndim and len(tree) == rows:
         return list(tree)
     if isinstance(tree, tuple):
-        parts = [split_rows(part, rows) for part in tree]
+        parts = [split_rows(part, rows, second_axis) for part in tree]
         return [tuple(part[i] for part in parts) for i in range(rows)]
     if isinstance(tree, list) and len(tree) == rows:
         return [_Listed(item) for item in tree]
@@ -138,6 +158,8 @@ def collate(rows: list[Tree]) -> Tree:
     first = rows[0]
     if isinstance(first, _Listed):
         return [row.item for row in rows]
+    if isinstance(first, _Slice):
+        return torch.stack([row.item for row in rows], 1)
     if isinstance(first, tuple):
         parts = list(zip(*rows, strict=True))
         lengths = [[len(row) for row in part] for part in parts if isinstance(part[0], Tensor) and part[0].ndim == 2]
@@ -170,8 +192,8 @@ def _with_masks(part: list[Tree], lengths: list[int]) -> list[Tree]:
 def _moved(tree: Tree, device: torch.device | str) -> Tree:
     if isinstance(tree, Tensor):
         return tree.to(device)
-    if isinstance(tree, _Listed):
-        return _Listed(_moved(tree.item, device))
+    if isinstance(tree, (_Listed, _Slice)):
+        return type(tree)(_moved(tree.item, device))
     if isinstance(tree, dict):
         return {name: _moved(value, device) for name, value in tree.items()}
     if isinstance(tree, (tuple, list)):

@@ -19,10 +19,11 @@ Selection = Callable[[Tensor], Shown]  # the grid's timesteps (N,) -> what is sh
 
 
 class Schedule(NamedTuple):
-    """The noise levels of a run, and the factor from unit noise to its first latent."""
+    """The noise levels of a run, the factor from unit noise to its first latent, the number type of its latents."""
 
     grid: Grid
     start_factor: float
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def read(cls, scheduler: Any) -> Schedule:

@@ -65,6 +65,7 @@ class Driver(Encoder):
             (B, ...) the guided output in the scheduler's prediction type, with its graph where gradients are on.
         """
         self._check_differentiable(x)
+        self._remember(cond)
         if len(x) != len(cond):
             raise DriverError(f"Expected a cond of {len(x)} rows, one per latent, but got {len(cond)}.")
         groups = _groups(self._checked(at, steps, call))
@@ -84,7 +85,9 @@ class Driver(Encoder):
     def _predict(self, x: Tensor, at: At, cond: Cond, steps: int, call: dict[str, Any]) -> Tensor:
         captured: list[Tensor] = []
         pipe = self._copy(show(at), on_output=captured.append)
-        told = self._tell(pipe, cond) | self._give(pipe, x.to(self.dtype))
+        # Contiguous, so that a slice of a stored trajectory takes the matmul path that the rollout took.
+        x = x.to(self._schedule(steps, call).dtype).contiguous()
+        told = self._tell(pipe, cond) | self._give(pipe, x)
         self._run(pipe, steps, {**told, **call, "output_type": "latent"})
         if len(captured) != 1:
             raise DriverError(f"Expected one denoising step of {self.family} but saw {len(captured)}.")
@@ -165,27 +168,16 @@ class Driver(Encoder):
         **call: Any,
     ) -> Tensor:
         """Starting latents (B, ...) keyed by (seed, id); ids are 0 ... B - 1 unless given."""
+        self._remember(cond)
         ids = range(len(cond)) if ids is None else ids
         chunks = [slice(first, first + batch_size) for first in range(0, len(cond), batch_size)]
         x = torch.cat([self._start(cond[rows], steps, seed, ids[rows], call) for rows in chunks])
-        return (x.float() * self._schedule(steps, call).start_factor).to(self.dtype)
+        schedule = self._schedule(steps, call)
+        return (x.float() * schedule.start_factor).to(schedule.dtype)
 
     def _start(self, cond: Cond, steps: int, seed: int, ids: Sequence[int], call: dict[str, Any]) -> Tensor:
-        pipe = self._copy(no_rows)
-        told = self._tell(pipe, cond)
         draws = [generator(seed, "start", i) for i in ids]
-        made: list[Tensor] = []
-        prepare = pipe.prepare_latents
-
-        def record(*args: Any, **options: Any) -> Any:
-            output = prepare(*args, **options)
-            made.append(output[0] if isinstance(output, tuple) else output)
-            return output
-
-        pipe.__dict__["prepare_latents"] = record
-        self._run(pipe, steps, {**told, **call, "generator": draws, "output_type": "latent"})
-        (x,) = made
-        return x
+        return self._first_latents(self._copy(no_rows), cond, steps, {**call, "generator": draws})
 
     @torch.no_grad()
     def rollout(
@@ -220,17 +212,19 @@ class Driver(Encoder):
         """
         kernel = self._kernel(kernel, steps, call)
         ids = list(range(len(cond)) if ids is None else ids)
-        x = self.start(cond, steps, seed, ids, batch_size, **call) if start is None else start.to(self.dtype)
+        self._remember(cond)
+        dtype = self._schedule(steps, call).dtype
+        x = self.start(cond, steps, seed, ids, batch_size, **call) if start is None else start.to(dtype)
         latents, log_probs, stochastic = [x], [], []
         for row in range(self.grid(steps, **call).steps):
             chunks = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
             made = _concatenate([self.step(x[rows], row, cond[rows], steps, kernel, **call) for rows in chunks])
             noisy = bool(made.q.std.any())
-            x = made.q.sample(noise_of(x, seed, ids, row) if noisy else torch.zeros_like(x)).to(self.dtype)
+            x = made.q.sample(noise_of(x, seed, ids, row) if noisy else torch.zeros_like(x)).to(dtype)
             log_probs.append(made.q.log_prob(x))
             if on_step is not None:
                 replaced = on_step(row, made, x)
-                x = x if replaced is None else replaced.to(self.dtype)
+                x = x if replaced is None else replaced.to(dtype)
             latents.append(x)
             stochastic += [row] if noisy else []
         self._release()
@@ -266,14 +260,16 @@ class Driver(Encoder):
             checkpointing: trade one more forward pass for memory.
             call: keywords of `__call__`.
         """
+        self._remember(cond)
         kernel = self._kernel(kernel, steps, call)
+        dtype = self._schedule(steps, call).dtype
         ids = list(range(len(cond)) if ids is None else ids)
         rows = range(self.grid(steps, **call).steps) if rows is None else rows
 
         def advance(x: Tensor, row: int, draw: Tensor) -> Tensor:
-            return self.step(x, row, cond, steps, kernel, **call).q.sample(draw).to(self.dtype)
+            return self.step(x, row, cond, steps, kernel, **call).q.sample(draw).to(dtype)
 
-        x = x.to(self.dtype)
+        x = x.to(dtype)
         for i, row in enumerate(rows):
             draw = noise[:, i] if noise is not None else noise_of(x, seed, ids, row)
             if checkpointing and torch.is_grad_enabled():
@@ -315,7 +311,7 @@ class Driver(Encoder):
 
     def _decode(self, latents: Tensor, straight_through: bool, call: dict[str, Any]) -> Tensor:
         pipe = self._copy(no_rows)
-        latents = latents.to(self.dtype)
+        latents = latents.to(self._schedule(1, call).dtype).contiguous()
         if self._upcasts():  # the pipeline casts its decoder to fp32 and back, which a pending graph would not survive
             self.exact_vae = self.exact_vae or copy.deepcopy(self.pipe.vae).float()
             pipe.__dict__["vae"], latents = self.exact_vae, latents.float()

@@ -41,8 +41,10 @@ class Encoder(Caller):
         if self.freed:
             raise DriverError(f"The text encoders of {self.family} were freed: encode all prompts before.")
         table = Prompts.of(prompts)
+        if negative is None:
+            negative = call.pop("negative_prompt", self.defaults.get("negative_prompt"))
         against = [negative] * len(table) if negative is None or isinstance(negative, str) else list(negative)
-        rows = rows_of(dict(given or {}), len(table))
+        rows = rows_of(dict(given or {}), len(table), self.second_axis)
         pairs = list(zip(table.text, against, strict=True))
         unique = {pair: pairs.index(pair) for pair in dict.fromkeys(pairs)}
         chunks = [list(unique.items())[i : i + batch_size] for i in range(0, len(unique), batch_size)]
@@ -78,14 +80,14 @@ class Encoder(Caller):
         pipe.__dict__["encode_prompt"] = record
         told: dict[str, Any] = Cond((), (0,) * len(pairs), Prompts.of(""), tuple(rows)).keywords()
         if pairs[0][1] is not None:
-            told["negative_prompt"] = [text for _, text in pairs]
+            told["negative_prompt"] = [text or "" for _, text in pairs]
             if "true_cfg_scale" in self.accepts:  # above 1, or the negative prompt would not be encoded
                 told["true_cfg_scale"] = 2.0
         self._run(pipe, 1, {**call, **told, "prompt": [text for text, _ in pairs], "output_type": "latent"})
         if any(ambiguous(output, len(pairs)) for output in outputs):
             half = len(pairs) // 2
             return self._encode(pairs[:half], rows[:half], call) + self._encode(pairs[half:], rows[half:], call)
-        return list(zip(*(split_rows(output, len(pairs)) for output in outputs), strict=True))
+        return list(zip(*(split_rows(output, len(pairs), self.second_axis) for output in outputs), strict=True))
 
     def condition(self, prompts: Sequence[str] | None = None, **given: Any) -> Cond:
         """A condition of ready-made keywords of `__call__`: `prompt_embeds=(B, ...)`, a list of B tensors, and so on.
@@ -97,7 +99,8 @@ class Encoder(Caller):
         if not given:
             raise DriverError("Expected keywords such as prompt_embeds=(B, ...) but got none.")
         rows = len(next(iter(self._known(given).values())))
-        cond = Cond((), (0,) * rows, Prompts.of(prompts, rows), tuple(rows_of(given, rows)))
+        per_row = rows_of(given, rows, self.second_axis)
+        cond = Cond((), (0,) * rows, Prompts.of(prompts, rows), tuple(per_row))
         self._remember(cond)
         return cond
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from t2i_align.errors import T2IError
 
 READABLE = {
-    "alphas_cumprod": "DDIM DDPM PNDM LCM TCD",
+    "alphas_cumprod": "DDIM DDPM PNDM LCM TCD CogVideoXDDIM",
     "sigmas": (
         "EulerDiscrete EulerAncestralDiscrete HeunDiscrete DPMSolverMultistep DPMSolverSinglestep UniPCMultistep "
         "DEISMultistep LMSDiscrete"

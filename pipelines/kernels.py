@@ -7,6 +7,7 @@ levels (alpha_t, sigma_t) -> (alpha_s, sigma_s) of two neighbouring rows of a `G
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -167,6 +168,27 @@ def flow_sde(level: float = 0.7) -> Kernel:
 def dance_sde(eta: float = 0.3) -> Kernel:
     """DanceGRPO's SDE (arXiv 2505.07818): as `flow_sde`, with constant noise g = eta."""
     return _sde(f"dance_sde({eta:g})", eta, lambda at, to: torch.full_like(at.sigma, eta))
+
+
+KERNELS = {"ddim": ddim, "ode": ode, "cps": cps, "flow_sde": flow_sde, "dance_sde": dance_sde}
+
+
+def load_kernel(spec: str | Kernel) -> Kernel:
+    """A kernel from its text form, as configs have it: `ddim(1.0)`, `flow_sde(0.7)`, `ode`.
+
+    Raises:
+        T2IError: not a kernel; the message has the list.
+    """
+    if isinstance(spec, Kernel):
+        return spec
+    read = re.fullmatch(r"(\w+)(?:\(\s*([-+.\deE]*)\s*\))?", spec.strip())
+    if read is None or read[1] not in KERNELS:
+        known = ", ".join(KERNELS)
+        raise T2IError(f"Expected a kernel such as ddim(1.0) among {known} but got {spec!r}.")
+    try:
+        return KERNELS[read[1]](*([float(read[2])] if read[2] else []))
+    except (TypeError, ValueError) as error:
+        raise T2IError(f"Expected a number in the kernel {spec!r}, where it takes one: {error}.") from error
 
 
 def _sde(name: str, strength: float, noise: Callable[[Level, Level], Tensor]) -> Kernel:

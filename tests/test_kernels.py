@@ -15,6 +15,7 @@ from t2i_align.pipelines.kernels import (
     dance_sde,
     ddim,
     flow_sde,
+    load_kernel,
     ode,
     output_to_x0_eps,
     per_dim,
@@ -195,3 +196,17 @@ def test_kernels_say_what_they_are():
     assert not ode().stochastic
     assert flow_sde().linear_only
     assert not cps().linear_only
+
+
+@pytest.mark.parametrize("text", ["ddim(0.5)", "ode", "cps(0.7)", "flow_sde(0.3)", "dance_sde(0.3)"])
+def test_kernels_are_read_from_their_names(text):
+    kernel = load_kernel(text)
+    assert kernel.name == text
+    assert load_kernel(kernel) is kernel
+    assert load_kernel(" ddim ").name == "ddim(1)"
+
+
+@pytest.mark.parametrize("text", ["native", "ddim(a)", "ode(1)", "ddim(1)(2)", "ddim(2)", ""])
+def test_other_names_are_refused(text):
+    with pytest.raises(T2IError):
+        load_kernel(text)
