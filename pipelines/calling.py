@@ -23,6 +23,8 @@ from t2i_align.pipelines.grid import prediction_type, scheduler_kind
 ONE_TIMESTEP = {"AuraFlowPipeline", "ZImagePipeline"}  # their loops turn t into a number: batches are grouped by row
 PACKS_LATENTS = {"Flux2KleinPipeline", "Flux2Pipeline"}  # take other latents than their loops step
 SECOND_AXIS = {"HiDreamImagePipeline": 4}  # samples lie along the second axis of tensors with so many dimensions
+KEEPS_CHECKER = {"Cosmos2TextToImagePipeline"}  # refuses to run without its safety checker
+STEP_ALONE: dict[str, dict[str, Any]] = {"QwenImage21Pipeline": {"use_kv_cache": False}}  # no features of earlier steps
 NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}  # cannot finish a loop of no steps
 
 
@@ -103,7 +105,7 @@ class Caller:
         own["progress_bar"] = _silent
         own["maybe_free_model_hooks"] = lambda: None
         for name in ("safety_checker", "watermark"):
-            if hasattr(pipe, name):
+            if hasattr(pipe, name) and self.family not in KEEPS_CHECKER:
                 own[name] = None
         return pipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, wraps
 from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -122,6 +122,21 @@ class StepsPerSample(Tensor):
         if self.ndim == 1 and len(wanted) == 1 and wanted[0] != len(self) and wanted[0] % len(self) == 0:
             return self.repeat(wanted[0] // len(self))
         return super().expand(*shape)
+
+
+def keep_last(scheduler: Any) -> list[Tensor]:
+    """Make a scheduler keep the latents of its last step in the list that is returned."""
+    kept: list[Tensor] = []
+    original = scheduler.step
+
+    @wraps(original)  # pipelines look at its signature
+    def step(*args: Any, **options: Any) -> Any:
+        output = original(*args, **options)
+        kept[:] = [output[0]]
+        return output
+
+    scheduler.__dict__["step"] = step
+    return kept
 
 
 def drive(

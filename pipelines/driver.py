@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from t2i_align.keys import generator
-from t2i_align.pipelines.calling import DriverError
+from t2i_align.pipelines.calling import STEP_ALONE, DriverError
 from t2i_align.pipelines.cond import Cond
-from t2i_align.pipelines.driven import no_rows, show
+from t2i_align.pipelines.driven import keep_last, no_rows, show
 from t2i_align.pipelines.encoding import Encoder
 from t2i_align.pipelines.grid import Grid, Point
 from t2i_align.pipelines.indexed import needs_index
@@ -88,7 +88,8 @@ class Driver(Encoder):
         # Contiguous, so that a slice of a stored trajectory takes the matmul path that the rollout took.
         x = x.to(self._schedule(steps, call).dtype).contiguous()
         told = self._tell(pipe, cond) | self._give(pipe, x)
-        self._run(pipe, steps, {**told, **call, "output_type": "latent"})
+        alone = STEP_ALONE.get(self.family, {})
+        self._run(pipe, steps, {**told, **call, **alone, "output_type": "latent"})
         if len(captured) != 1:
             raise DriverError(f"Expected one denoising step of {self.family} but saw {len(captured)}.")
         return captured[0].as_subclass(Tensor)
@@ -219,16 +220,20 @@ class Driver(Encoder):
         for row in range(self.grid(steps, **call).steps):
             chunks = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
             made = _concatenate([self.step(x[rows], row, cond[rows], steps, kernel, **call) for rows in chunks])
-            noisy = bool(made.q.std.any())
-            x = made.q.sample(noise_of(x, seed, ids, row) if noisy else torch.zeros_like(x)).to(dtype)
+            x = self.draw(made.q, row, steps, seed, ids, **call)
             log_probs.append(made.q.log_prob(x))
             if on_step is not None:
                 replaced = on_step(row, made, x)
                 x = x if replaced is None else replaced.to(dtype)
             latents.append(x)
-            stochastic += [row] if noisy else []
+            stochastic += [row] if made.q.std.any() else []
         self._release()
         return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), tuple(stochastic), cond)
+
+    def draw(self, q: Gaussian, row: int, steps: int, seed: int, ids: Sequence[int], **call: Any) -> Tensor:
+        """The next latents (B, ...) of a row: a draw from `q`, keyed as in `rollout`, in the latents' number type."""
+        noise = noise_of(q.mean, seed, ids, row) if q.std.any() else torch.zeros_like(q.mean)
+        return q.sample(noise).to(self._schedule(steps, call).dtype)
 
     def unroll(
         self,
@@ -342,21 +347,48 @@ class Driver(Encoder):
 
         `native` is bit for bit what the pipeline itself makes of the same starting noise.
         """
+        if kernel == "native":
+            return self._native(cond, steps, seed, batch_size, ids, {**call, "output_type": "pt"})[0]
+        if not isinstance(kernel, Kernel):
+            raise DriverError(f"Expected a kernel or 'native' but got {kernel!r}.")
+        made = self.rollout(cond, steps, kernel, seed, batch_size=batch_size, ids=ids, **call)
+        return self.decode(made.x[:, -1], batch_size, **call)
+
+    @torch.no_grad()
+    def solve(
+        self,
+        cond: Cond,
+        steps: int = 20,
+        seed: int = 0,
+        batch_size: int = 16,
+        ids: Sequence[int] | None = None,
+        **call: Any,
+    ) -> Tensor:
+        """Latents (B, ...) at the end of a run of the scheduler's own solver, as `decode` takes them."""
+        return self._native(cond, steps, seed, batch_size, ids, {**call, "output_type": "latent"})[1]
+
+    def _native(
+        self,
+        cond: Cond,
+        steps: int,
+        seed: int,
+        batch_size: int,
+        ids: Sequence[int] | None,
+        call: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """The pipeline's own outputs and its loop's last latents."""
         ids = list(range(len(cond)) if ids is None else ids)
-        if kernel != "native":
-            if not isinstance(kernel, Kernel):
-                raise DriverError(f"Expected a kernel or 'native' but got {kernel!r}.")
-            made = self.rollout(cond, steps, kernel, seed, batch_size=batch_size, ids=ids, **call)
-            return self.decode(made.x[:, -1], batch_size, **call)
-        images = []
+        images, latents = [], []
         for first in range(0, len(cond), batch_size):
             rows = slice(first, first + batch_size)
             pipe = self._copy(None)
             told = self._tell(pipe, cond[rows])
             draws = [generator(seed, "start", i) for i in ids[rows]]
-            images.append(self._run(pipe, steps, {**told, **call, "generator": draws, "output_type": "pt"}))
+            last = keep_last(pipe.scheduler)
+            images.append(self._run(pipe, steps, {**told, **call, "generator": draws}))
+            latents.append(last[0])
         self._release()
-        return torch.cat(images)
+        return torch.cat(images), torch.cat(latents)
 
 
 def noise_of(like: Tensor, seed: int, ids: Sequence[int], row: int) -> Tensor:

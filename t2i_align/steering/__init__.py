@@ -1,0 +1,100 @@
+"""Inference-time steering: one method a file, all on one context, none that writes to the pipeline."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i_align.config import load_config, nearest
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import load_reward
+from t2i_align.steering.base import Cost, Ctx, Steered, Steering, SteeringError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from t2i_align.rewards.base import Scorer
+
+__all__ = ["METHODS", "Cost", "Ctx", "Steered", "Steering", "SteeringError", "load_method", "steer"]
+
+METHODS = {
+    "best_of_n": "t2i_align.steering.best_of_n:BestOfN",
+    "fk": "t2i_align.steering.fk:FK",
+}
+
+
+def load_method(method: str | Steering, **options: Any) -> Steering:
+    """A steering method by name, with its settings.
+
+    Raises:
+        SteeringError: no such method; the message has the nearest name and the list.
+        ConfigError: settings that it has not.
+    """
+    if isinstance(method, Steering):
+        return method.model_copy(update=options)
+    known = method.lower().replace("-", "_")
+    if known not in METHODS:
+        raise SteeringError(
+            f"Unknown steering method {method!r}.{nearest(known, METHODS)} Available: {', '.join(METHODS)}."
+        )
+    module, _, name = METHODS[known].partition(":")
+    return load_config(getattr(importlib.import_module(module), name), options)
+
+
+def check_gradient(method: Steering, reward: Scorer) -> None:
+    """Raises SteeringError where a method needs gradients that a reward has not."""
+    if method.needs_gradient and not reward.differentiable:
+        from t2i_align.rewards import SCORERS, scorer_class
+
+        able = [name for name in SCORERS if scorer_class(name).differentiable]
+        raise SteeringError(
+            f"Expected a differentiable reward for {type(method).__name__} but {reward.name} is none: use a method "
+            f"without gradients (best_of_n, fk, svdd, noise_search) or one of {', '.join(able)}."
+        )
+
+
+def steer(
+    pipeline: str | Path | DiffusionPipeline,
+    prompts: str | Sequence[str] | Prompts,
+    reward: Any,
+    method: str | Steering = "fk",
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    kernel: str | Any | None = None,
+    seed: int = 0,
+    max_batch: int = 16,
+    call: dict[str, Any] | None = None,
+    **options: Any,
+) -> Steered:
+    """Steer a pipeline's samples by a reward.
+
+    Args:
+        pipeline: what `load_pipeline` takes.
+        prompts: one text or many; all are steered together.
+        reward: what `load_reward` takes.
+        method: a name of `METHODS`, or a method with its settings.
+        steps: denoising steps; from the pipeline's card if None.
+        guidance: guidance scale; from the pipeline's card if None.
+        kernel: of the reverse steps, `ddim(1.0)` or the like; the method's own default if None.
+        seed: decides the result.
+        max_batch: samples that go through the network together.
+        call: other keywords of the pipeline's `__call__`.
+        options: settings of the method (`particles=8`).
+
+    Raises:
+        T2IError: an unknown method, setting, pipeline or reward, or a reward that cannot serve the method; before
+            weights are loaded where that can be known.
+    """
+    from t2i_align.pipelines import Driver, call_keywords, load_kernel, load_pipeline
+
+    chosen = load_method(method, **options)
+    judge = load_reward(reward)
+    check_gradient(chosen, judge)
+    keywords = call_keywords(pipeline, steps, guidance) | (call or {})
+    rows = keywords.pop("num_inference_steps", 20)
+    driver = Driver(load_pipeline(pipeline), **keywords)
+    ctx = Ctx(driver, judge, rows, None if kernel is None else load_kernel(kernel), seed, max_batch)
+    return chosen(ctx, Prompts.of(prompts))
