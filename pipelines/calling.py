@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import CacheMixin, DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 from torch import Tensor, nn
 
 from t2i_align.config import nearest
@@ -51,6 +52,8 @@ class Caller:
         self.pipe, self.any_cond, self.schedules = pipe, None, {}
         self.defaults = self._known(call)
         self.one_timestep, self.second_axis = self.family in ONE_TIMESTEP, SECOND_AXIS.get(self.family, 0)
+        # Guiders keep momentum from step to step: every call gets fresh ones.
+        self.guiders = [name for name, part in pipe.components.items() if isinstance(part, BaseGuidance)]
         self.freed: tuple[str, ...] = ()
         self.exact_vae: nn.Module | None = None
         # An offloaded pipeline computes elsewhere than its weights lie, and keeps finding out where on its own.
@@ -102,6 +105,8 @@ class Caller:
             made: Any = type(self.pipe)
             pipe.__class__ = on_device_of(made)
             own["_execution_device"] = own["device"] = next(self.network.parameters()).device
+        for name in self.guiders:
+            own[name] = copy.deepcopy(getattr(self.pipe, name))
         own["progress_bar"] = _silent
         own["maybe_free_model_hooks"] = lambda: None
         for name in ("safety_checker", "watermark"):
@@ -111,11 +116,23 @@ class Caller:
 
     def _tell(self, pipe: DiffusionPipeline, cond: Cond) -> dict[str, Any]:
         """Let the copy's `encode_prompt` answer from `cond`; returns the keywords of the call."""
+        told = {**self._draws(len(cond)), **cond.keywords()}
         if not cond.encoded:
-            return {"prompt": None, **cond.keywords()}
+            return {"prompt": None, **told}
         numbers = itertools.count()
         pipe.__dict__["encode_prompt"] = lambda *args, **options: cond.call(next(numbers))
-        return {"prompt": [""] * len(cond), **cond.keywords()}
+        return {"prompt": [""] * len(cond), **told}
+
+    def _draws(self, rows: int) -> dict[str, Any]:
+        """Generators for what a pipeline draws in passing, which must not move torch's global one.
+
+        A control image is encoded with noise: the same for every row, or it would depend on the row's place.
+        """
+        if "generator" not in self.accepts:
+            return {}
+        if "image" in self.accepts or "control_image" in self.accepts:
+            return {"generator": [torch.Generator().manual_seed(0) for _ in range(rows)]}
+        return {"generator": torch.Generator()}
 
     def _give(self, pipe: DiffusionPipeline, x: Tensor) -> dict[str, Any]:
         """Make the copy start from latents `x`, as its loop sees them; returns the keywords of the call."""
@@ -133,9 +150,7 @@ class Caller:
                 f"Expected no active cache on the denoiser of {self.family}, as calls would see each other's features: "
                 "call its disable_cache() first."
             )
-        # A generator of its own: what a pipeline draws in passing must not move torch's global one.
-        own = {"generator": torch.Generator()} if "generator" in self.accepts else {}
-        return self.function(pipe, num_inference_steps=steps, **{**own, **self.defaults, **self._known(call)})[0]
+        return self.function(pipe, num_inference_steps=steps, **{**self.defaults, **self._known(call)})[0]
 
     def _schedule(self, steps: int, call: dict[str, Any]) -> Schedule:
         """Grid and start of a run, read once."""

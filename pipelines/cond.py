@@ -31,6 +31,12 @@ class _Slice(NamedTuple):
     item: Tensor
 
 
+class _Common(NamedTuple):
+    """A tensor that belongs to every row, such as position ids."""
+
+    item: Tensor
+
+
 @dataclass(frozen=True)
 class Cond:
     """What the network is told, one row per sample.
@@ -139,7 +145,7 @@ def split_rows(tree: Tree, rows: int, second_axis: int = 0) -> list[Tree]:
         return [tuple(part[i] for part in parts) for i in range(rows)]
     if isinstance(tree, list) and len(tree) == rows:
         return [_Listed(item) for item in tree]
-    return [tree] * rows
+    return [_Common(tree) if isinstance(tree, Tensor) else tree] * rows
 
 
 def ambiguous(tree: Tree, rows: int) -> bool:
@@ -158,6 +164,8 @@ def collate(rows: list[Tree]) -> Tree:
     first = rows[0]
     if isinstance(first, _Listed):
         return [row.item for row in rows]
+    if isinstance(first, _Common):
+        return max((row.item for row in rows), key=len)  # positions of the longest prompt
     if isinstance(first, _Slice):
         return torch.stack([row.item for row in rows], 1)
     if isinstance(first, tuple):
@@ -192,7 +200,7 @@ def _with_masks(part: list[Tree], lengths: list[int]) -> list[Tree]:
 def _moved(tree: Tree, device: torch.device | str) -> Tree:
     if isinstance(tree, Tensor):
         return tree.to(device)
-    if isinstance(tree, (_Listed, _Slice)):
+    if isinstance(tree, (_Listed, _Slice, _Common)):
         return type(tree)(_moved(tree.item, device))
     if isinstance(tree, dict):
         return {name: _moved(value, device) for name, value in tree.items()}

@@ -78,7 +78,7 @@ class Encoder(Caller):
             return outputs[-1]
 
         pipe.__dict__["encode_prompt"] = record
-        told: dict[str, Any] = Cond((), (0,) * len(pairs), Prompts.of(""), tuple(rows)).keywords()
+        told = self._draws(len(pairs)) | Cond((), (0,) * len(pairs), Prompts.of(""), tuple(rows)).keywords()
         if pairs[0][1] is not None:
             told["negative_prompt"] = [text or "" for _, text in pairs]
             if "true_cfg_scale" in self.accepts:  # above 1, or the negative prompt would not be encoded
