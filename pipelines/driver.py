@@ -142,6 +142,14 @@ class Driver(Encoder):
         x0, eps = output_to_x0_eps(output, x.float(), here, self.prediction)
         return Step(x0, eps, kernel(x0, eps, here, there))
 
+    def _kernels(self, kernel: Kernel | Sequence[Kernel] | None, steps: int, call: dict[str, Any]) -> list[Kernel]:
+        """The kernel of every row."""
+        rows = self.grid(steps, **call).steps
+        given = [kernel] * rows if kernel is None or isinstance(kernel, (Kernel, str)) else list(kernel)
+        if len(given) != rows:
+            raise DriverError(f"Expected one kernel for each of {rows} rows but got {len(given)}.")
+        return [self._kernel(each, steps, call) for each in given]
+
     def _kernel(self, kernel: Kernel | None, steps: int, call: dict[str, Any]) -> Kernel:
         kernel = ddim(1.0) if kernel is None else kernel
         if not isinstance(kernel, Kernel):
@@ -185,7 +193,7 @@ class Driver(Encoder):
         self,
         cond: Cond,
         steps: int = 20,
-        kernel: Kernel | None = None,
+        kernel: Kernel | Sequence[Kernel] | None = None,
         seed: int = 0,
         on_step: OnStep | None = None,
         batch_size: int = 64,
@@ -202,7 +210,7 @@ class Driver(Encoder):
         Args:
             cond: B rows.
             steps: denoising steps.
-            kernel: `ddim(1.0)` by default.
+            kernel: `ddim(1.0)` by default; or one for each row of the grid.
             seed: with the sample's id and the row, decides all noise.
             on_step: called after each step with (row, Step of all samples, latents (B, ...)); what it returns, unless
                 None, replaces the latents (`log_prob` stays that of the sampled ones).
@@ -211,15 +219,15 @@ class Driver(Encoder):
             start: (B, ...) starting latents; drawn by `start` if None.
             call: keywords of `__call__`.
         """
-        kernel = self._kernel(kernel, steps, call)
+        kernels = self._kernels(kernel, steps, call)
         ids = list(range(len(cond)) if ids is None else ids)
         self._remember(cond)
         dtype = self._schedule(steps, call).dtype
         x = self.start(cond, steps, seed, ids, batch_size, **call) if start is None else start.to(dtype)
         latents, log_probs, stochastic = [x], [], []
-        for row in range(self.grid(steps, **call).steps):
+        for row, each in enumerate(kernels):
             chunks = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
-            made = _concatenate([self.step(x[rows], row, cond[rows], steps, kernel, **call) for rows in chunks])
+            made = _concatenate([self.step(x[rows], row, cond[rows], steps, each, **call) for rows in chunks])
             x = self.draw(made.q, row, steps, seed, ids, **call)
             log_probs.append(made.q.log_prob(x))
             if on_step is not None:

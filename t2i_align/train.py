@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,24 +35,41 @@ class Term(NamedTuple):
     """One summand of the loss (a scalar with its graph) and what to log of it."""
 
     loss: Tensor
-    stats: dict[str, Tensor | float]
+    stats: Mapping[str, Tensor | float]
 
 
 @dataclass(frozen=True)
 class Ctx:
-    """What a method receives besides its data."""
+    """What a method receives besides its data: `update` counts the optimiser updates on one collected batch."""
 
     seed: int
     step: int
     device: torch.device
+    update: int = 0
 
     def generator(self, *parts: int | str) -> torch.Generator:
         """A generator keyed by this run, this step and `parts`."""
         return generator(self.seed, "step", self.step, *parts)
 
+    def round_generator(self, *parts: int | str) -> torch.Generator:
+        """The same, keyed by the step at which the batch was collected."""
+        return generator(self.seed, "round", self.step - self.update, *parts)
+
 
 class Method(nn.Module):
     """A training method: the parameters that require gradients are what `fit` trains and checkpoints."""
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates on each collected batch."""
+        return 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights: numbers, strings and tensors in dicts and lists."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
 
     def collect(self, ctx: Ctx, rows: Any) -> Any:
         """Turn a row batch into what `losses` needs, without gradients."""
@@ -67,6 +84,7 @@ class Method(nn.Module):
 class State:
     """Everything a run needs to go on: trained weights, their average, optimiser, step, seconds spent."""
 
+    method: Method
     weights: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] | None
@@ -83,7 +101,7 @@ class State:
             weights.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
         )
         average = {name: p.detach().clone() for name, p in weights.items()} if config.ema else None
-        return cls(weights, optimizer, average)
+        return cls(method, weights, optimizer, average)
 
     def save(self, path: Path) -> None:
         """Write atomically: a kill at any moment leaves the old file or the new one, never half of one."""
@@ -93,6 +111,7 @@ class State:
             "weights": {name: p.detach() for name, p in self.weights.items()},
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state(),
         }
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -121,6 +140,7 @@ class State:
             for name, mean in self.average.items():
                 mean.copy_((content["average"] or saved)[name])
         self.optimizer.load_state_dict(content["optimizer"])
+        self.method.restore(content["method"])
         self.step, self.seconds = content["step"], content["seconds"]
 
     def update_average(self, decay: float) -> None:
@@ -152,7 +172,7 @@ class Metrics:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, stats: dict[str, Tensor | float]) -> None:
+    def add(self, stats: Mapping[str, Tensor | float]) -> None:
         for name, value in stats.items():
             number = float(value.detach().float().mean()) if isinstance(value, Tensor) else float(value)
             self.sums[name] = self.sums.get(name, 0.0) + number
@@ -221,17 +241,24 @@ def fit(
         half.unlink()  # a kill came while it was written
     method.train()
     with Progress(config.steps, "training", start=state.step) as progress, _deferred_interrupt() as interrupted:
-        while state.step < config.steps and (minutes is None or state.seconds < 60 * minutes):
+        batch, saved = None, state.step
+        while state.step < config.steps:
             started = time.perf_counter()
-            _update(method, data, config, state, metrics, torch.device(device))
+            ctx = Ctx(config.seed, state.step, torch.device(device), state.step % method.updates)
+            if ctx.update == 0:  # only here can a run be resumed: batches are not saved
+                if minutes is not None and state.seconds >= 60 * minutes:
+                    break
+                batch = _collect(method, data, ctx, config)
+            _update(method, batch, ctx, config, state, metrics)
             state.step += 1
             state.seconds += time.perf_counter() - started
             if state.step % config.log_every == 0:
                 row = metrics.write(state.step, seconds=state.seconds)
                 progress.update(state.step, loss=row["loss"])
-            if state.step % config.checkpoint_every == 0 or interrupted:
+            if state.step % method.updates == 0 and (interrupted or state.step >= saved + config.checkpoint_every):
                 _checkpoint(folder, state, config.keep)
-            if interrupted:
+                saved = state.step
+            if interrupted and state.step == saved:
                 raise KeyboardInterrupt
     _checkpoint(folder, state, config.keep)
     method.eval()
@@ -258,22 +285,23 @@ def _deferred_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _update(
-    method: Method,
-    data: Callable[[int], Any],
-    config: TrainConfig,
-    state: State,
-    metrics: Metrics,
-    device: torch.device,
-) -> None:
-    """One optimiser update: collect, backpropagate each term, clip, step, average."""
+def _collect(method: Method, data: Callable[[int], Any], ctx: Ctx, config: TrainConfig) -> Any:
+    """The batch of the next updates."""
+    torch.manual_seed(key(config.seed, "collect", ctx.step))
+    with torch.no_grad(), _autocast(ctx, config):
+        return method.collect(ctx, data(ctx.step // method.updates))
+
+
+def _autocast(ctx: Ctx, config: TrainConfig) -> torch.autocast:
+    return torch.autocast(ctx.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def _update(method: Method, batch: Any, ctx: Ctx, config: TrainConfig, state: State, metrics: Metrics) -> None:
+    """One optimiser update: backpropagate each term, clip, step, average."""
     torch.manual_seed(key(config.seed, "update", state.step))  # for the random numbers of layers such as dropout
     state.optimizer.zero_grad()  # an update that was cut short may have left gradients
-    ctx = Ctx(config.seed, state.step, device)
     total = 0.0
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        with torch.no_grad():
-            batch = method.collect(ctx, data(state.step))
+    with _autocast(ctx, config):
         for term in method.losses(ctx, batch):
             term.loss.backward()
             total += float(term.loss.detach())

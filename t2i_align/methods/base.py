@@ -1,0 +1,185 @@
+"""What on-policy methods share: images of the current model with their rewards, and how they are cut into updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from t2i_align.config import Settings
+from t2i_align.keys import key
+from t2i_align.pipelines.driver import Driver, noise_of
+from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, load_kernel
+from t2i_align.policy import Policy
+from t2i_align.prompts import Prompts
+from t2i_align.rewards.base import Scorer, Scores
+from t2i_align.rewards.compose import WeightedSum
+from t2i_align.rewards.pareto import non_dominated
+from t2i_align.train import Ctx, Method, TrainingError
+from t2i_align.trajectory import Trajectory
+
+
+class SamplingSettings(Settings):
+    """How an on-policy method draws its images and goes through them."""
+
+    group: int = Field(16, gt=0, description="images per prompt")
+    steps: int = Field(10, gt=0, description="denoising steps of training images")
+    kernel: str | None = Field(None, description="reverse steps; null: ddim(1.0), on flow models flow_sde(0.7)")
+    shared_start: bool = Field(False, description="all images of a prompt start from one noise")
+    batch_size: int = Field(16, gt=0, description="samples that go through the network together")
+    epochs: int = Field(1, gt=0, description="passes over the images of a round")
+    minibatches: int = Field(1, gt=0, description="updates per pass, each on its share of the images")
+    trained_rows: float = Field(
+        0.99, gt=0, le=1, description="share of the steps that is trained, noisiest first; the last adds variance"
+    )
+
+
+@dataclass
+class Tools:
+    """What a method works with besides its weights; not a module, so that `fit` trains the policy alone."""
+
+    driver: Driver
+    reward: Scorer
+    call: dict[str, Any] = field(default_factory=dict)  # keywords of the pipeline in training, such as guidance_scale
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Images of one round: their trajectories and scores, group-major."""
+
+    traj: Trajectory
+    scores: Scores
+    group: int
+    seed: int  # of their noise
+
+    def __len__(self) -> int:
+        return len(self.traj.x)
+
+    def old_mean(self, rows: slice, row: int, std: Tensor) -> Tensor:
+        """Means of the steps that were taken: the stored latents less their keyed noise."""
+        x = self.traj.x[rows, row + 1].float()
+        return x - std * noise_of(x, self.seed, range(rows.start, rows.stop), row)
+
+
+class OnPolicy(Method):
+    """Base of methods that learn from images of the current model."""
+
+    settings: SamplingSettings
+
+    def __init__(self, settings: SamplingSettings, policy: Policy, tools: Tools) -> None:
+        super().__init__()
+        self.settings, self.policy, self.tools = settings, policy, tools
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates per round of images."""
+        return self.settings.epochs * self.settings.minibatches
+
+    def train(self, mode: bool = True) -> OnPolicy:
+        """Networks keep their mode: sampling and training must be the same function, or ratios are not 1."""
+        return self
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel of training images. Raises TrainingError for a deterministic one."""
+        if self.settings.kernel is None:
+            return flow_sde(0.7) if self.tools.driver.grid(self.settings.steps, **self.tools.call).linear else ddim(1.0)
+        kernel = load_kernel(self.settings.kernel)
+        if not kernel.stochastic:
+            raise TrainingError(
+                f"Expected a stochastic kernel such as ddim(1.0) but got {kernel.name}, which has no log-prob."
+            )
+        return kernel
+
+    def kernels(self, ctx: Ctx) -> Kernel | list[Kernel]:
+        """The kernel of each row of a round."""
+        return self.kernel
+
+    @torch.no_grad()
+    def rollout(self, ctx: Ctx, prompts: Prompts) -> Rollout:
+        """Draw and score `group` images per prompt with the current weights.
+
+        Raises:
+            TrainingError: no reward is a number.
+        """
+        s, driver = self.settings, self.tools.driver
+        cond = driver.encode(prompts).repeat(s.group)
+        ids = list(range(len(cond)))
+        seed = key(ctx.seed, "rollout", ctx.step)
+        starts = [i - i % s.group for i in ids] if s.shared_start else ids
+        x = driver.start(cond, s.steps, seed, starts, **self.tools.call)
+        traj = driver.rollout(
+            cond, s.steps, self.kernels(ctx), seed, batch_size=s.batch_size, ids=ids, start=x, **self.tools.call
+        )
+        scores = self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), cond.prompts)
+        if not scores.total.isfinite().any():
+            raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
+        return Rollout(traj, scores, s.group, seed)
+
+    def rows(self, traj: Trajectory) -> list[int]:
+        """The rows that are trained: those with noise among the noisiest share."""
+        return [row for row in traj.stochastic if row < self.trained(traj.steps)]
+
+    def trained(self, steps: int) -> int:
+        """How many of a run's steps are trained."""
+        return max(1, int(self.settings.trained_rows * steps))
+
+    def chunks(self, ctx: Ctx, count: int) -> list[slice]:
+        """The slices of samples of this update; slices are those of the rollout, so that ratios start at exactly 1."""
+        s = self.settings
+        every = [slice(first, min(first + s.batch_size, count)) for first in range(0, count, s.batch_size)]
+        order = torch.randperm(len(every), generator=ctx.round_generator("order", ctx.update // s.minibatches)).tolist()
+        mine = [every[i] for i in order[ctx.update % s.minibatches :: s.minibatches]]
+        if not mine:
+            raise TrainingError(
+                f"Expected at least {s.minibatches} batches of {s.batch_size} samples in a round, one for each "
+                f"minibatch, but got {len(every)}."
+            )
+        return mine
+
+    def step(self, traj: Trajectory, rows: slice | Tensor, row: int) -> Gaussian:
+        """The current model's Gaussian of the next latents of some samples, with its graph."""
+        picked = rows if isinstance(rows, slice) else rows.tolist()
+        return self._step(traj.x[rows, row], row, traj.cond[picked]).q
+
+    @torch.no_grad()
+    def reference_log_prob(self, traj: Trajectory) -> Tensor:
+        """Log-probs (B, N) in nats of the stored steps under the base model."""
+        out = torch.zeros_like(traj.log_prob)
+        with self.policy.reference():
+            for first in range(0, len(traj.x), self.settings.batch_size):
+                part = slice(first, min(first + self.settings.batch_size, len(traj.x)))
+                for row in self.rows(traj):
+                    out[part, row] = self.step(traj, part, row).log_prob(traj.x[part, row + 1])
+        return out
+
+    def _step(self, x: Tensor, row: int, cond: Any) -> Step:
+        s = self.settings
+        return self.tools.driver.step(x, row, cond, s.steps, self.kernel, **self.tools.call)
+
+
+def survivors(scores: Scores, group: int) -> Tensor:
+    """Parrot's selection (arXiv 2401.05675): 1 for images that no other of their prompt dominates, else 0; (B,)."""
+    values = torch.stack(list(scores.parts.values()), 1)
+    return torch.cat([non_dominated(rows) for rows in values.split(group)]).float()
+
+
+def reward_weights(reward: Scorer) -> dict[str, float]:
+    """The weights of a sum of scorers by part. Raises TrainingError for another kind of reward."""
+    if not isinstance(reward, WeightedSum):
+        raise TrainingError(f"Expected a sum of rewards such as 'a + 2 * b' but got {reward.name}.")
+    names = [name for scorer in reward.members for name in scorer.part_names()]
+    return dict(zip(names, reward.factors, strict=True))
+
+
+def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's clipped loss (B,): max(-A rho, -A clip(rho, 1 - clip, 1 + clip))."""
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def outside(ratio: Tensor, clip: float) -> Tensor:
+    """Share of ratios that are clipped."""
+    return ((ratio - 1).abs() > clip).float().mean()

@@ -1,0 +1,74 @@
+"""DDPO with importance sampling (arXiv 2305.13301).
+
+    A_i  = (r_i - mean) / (std + 1e-6) of the prompt's last rewards over the run; of the batch until there are enough
+    loss = mean over samples and steps of max(-A rho, -A clip(rho, 1 - e, 1 + e)),  e = 1e-4 on per-dim log-probs
+
+Guidance acts in sampling and in training alike. Departures: minibatches are batches of the rollout in random order, not
+single samples, and timesteps are not shuffled (an update adds up the gradients of all of them), so that ratios are
+exactly 1 at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from t2i_align.advantage import PromptTracker
+from t2i_align.methods.base import OnPolicy, Rollout, SamplingSettings, Tools, outside, surrogate, survivors
+from t2i_align.pipelines.kernels import per_dim
+from t2i_align.policy import Policy
+from t2i_align.prompts import Prompts
+from t2i_align.train import Ctx, Term
+
+
+class DDPOSettings(SamplingSettings):
+    """Settings of DDPO."""
+
+    group: int = Field(1, gt=0, description="images per prompt")
+    clip: float = Field(1e-4, gt=0, description="clip range of the ratio of per-dimension log-probs")
+    advantage_clip: float = Field(5.0, gt=0, description="largest absolute advantage")
+    buffer: int = Field(16, gt=0, description="rewards remembered per prompt")
+    min_count: int = Field(16, gt=0, description="rewards of a prompt before its own statistics are used")
+    select: Literal["all", "pareto"] = Field("all", description="`pareto` trains on the non-dominated images alone")
+
+
+class DDPO(OnPolicy):
+    """Clipped policy gradient with per-prompt statistics over the run."""
+
+    settings: DDPOSettings
+
+    def __init__(self, settings: DDPOSettings, policy: Policy, tools: Tools) -> None:
+        super().__init__(settings, policy, tools)
+        self.tracker = PromptTracker(settings.buffer, settings.min_count)
+
+    def state(self) -> dict[str, Any]:
+        """The tracker's rewards."""
+        return {"tracker": self.tracker.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the tracker's rewards."""
+        self.tracker.load_state_dict(state["tracker"])
+
+    def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
+        """Images of the round and their advantages (B,)."""
+        data = self.rollout(ctx, prompts)
+        texts = list(data.traj.cond.prompts.text)
+        advantage = self.tracker.advantage(texts, data.scores.total.cpu(), clip=self.settings.advantage_clip)
+        if self.settings.select == "pareto":
+            advantage = advantage * survivors(data.scores, data.group).cpu()
+        return data, advantage
+
+    def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
+        """One term per trained step and batch of samples."""
+        (data, advantages), s = batch, self.settings
+        traj, rows, chunks = data.traj, self.rows(data.traj), self.chunks(ctx, len(data))
+        share = 1 / (len(rows) * sum(part.stop - part.start for part in chunks))
+        for row in rows:
+            for part in chunks:
+                q = self.step(traj, part, row)
+                ratio = per_dim(q.log_prob(traj.x[part, row + 1]) - traj.log_prob[part, row], q).exp()
+                loss = surrogate(ratio, advantages[part].to(ratio), s.clip)
+                yield Term(loss.sum() * share, {"ratio": ratio, "clipped": outside(ratio, s.clip)})

@@ -1,0 +1,117 @@
+"""GRPO on denoising steps: Flow-GRPO (arXiv 2505.05470), DanceGRPO (arXiv 2505.07818), MixGRPO (arXiv 2507.21802).
+
+    A      = (r - group mean) / (std + eps), clamped
+    rho_t  = exp(per-dim log p_theta(x_s | x_t) - log p_old(x_s | x_t))
+    loss   = mean over samples and trained steps of max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)
+
+Which of the three it is depends on the settings: `kernel` (`flow_sde`, `dance_sde`, `cps`, on epsilon and v models
+`ddim`), `spread` of the advantages, `window` of stochastic steps. Departures: the KL is the closed form, per dimension;
+`kl_form: published` is Flow-GRPO's code, which leaves out the step length |dt|. Log-probs are fp32 and taken of the
+stored, rounded latents, so that ratios are exactly 1 before the first update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from t2i_align.advantage import Spread, gdpo_advantage, group_advantage
+from t2i_align.methods.base import (
+    OnPolicy,
+    Rollout,
+    SamplingSettings,
+    outside,
+    reward_weights,
+    surrogate,
+    survivors,
+)
+from t2i_align.pipelines.kernels import Gaussian, Kernel, ode, per_dim
+from t2i_align.prompts import Prompts
+from t2i_align.train import Ctx, Term
+from t2i_align.trajectory import Trajectory
+
+
+class GRPOSettings(SamplingSettings):
+    """Settings of GRPO."""
+
+    clip: float = Field(1e-4, gt=0, description="clip range of the ratio of per-dimension log-probs")
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the base, in nats per dimension")
+    kl_form: Literal["exact", "published"] = Field("exact", description="`published` leaves out the step length")
+    spread: Spread = Field("group", description="standard deviation that advantages are divided by")
+    ddof: int = Field(0, ge=0, le=1, description="its delta degrees of freedom")
+    advantage_clip: float = Field(5.0, gt=0, description="largest absolute advantage")
+    combine: Literal["sum", "gdpo"] = Field("sum", description="`gdpo` normalises each reward before they are summed")
+    select: Literal["all", "pareto"] = Field("all", description="`pareto` trains on the non-dominated images alone")
+    window: int | None = Field(None, gt=0, description="stochastic steps per round, a window that moves on; null: all")
+    guard: bool = Field(False, description="GRPO-Guard's normalised ratio")
+
+
+class GRPO(OnPolicy):
+    """Clipped policy gradient with group advantages."""
+
+    settings: GRPOSettings
+
+    def kernels(self, ctx: Ctx) -> Kernel | list[Kernel]:
+        """With a window the other steps follow the ODE; it moves on by its length from round to round."""
+        width = self.settings.window
+        if width is None:
+            return self.kernel
+        rows = self.tools.driver.grid(self.settings.steps, **self.tools.call).steps
+        first = (ctx.step // self.updates * width) % max(1, self.trained(rows) - width + 1)
+        return [self.kernel if first <= row < first + width else ode() for row in range(rows)]
+
+    def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
+        """Images of the round and their advantages (B,)."""
+        data = self.rollout(ctx, prompts)
+        return data, self.advantage(data)
+
+    def advantage(self, data: Rollout) -> Tensor:
+        """Advantages (B,) of a round."""
+        s, scores = self.settings, data.scores
+        if s.combine == "gdpo":
+            advantage = gdpo_advantage(scores.parts, reward_weights(self.tools.reward), data.group, s.advantage_clip)
+        else:
+            advantage = group_advantage(scores.total, data.group, s.spread, s.ddof, clip=s.advantage_clip)
+        if s.select == "pareto":
+            advantage = advantage * survivors(scores, data.group)
+        return advantage
+
+    def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
+        """One term per trained step and batch of samples."""
+        (data, advantages), s = batch, self.settings
+        traj, rows, chunks = data.traj, self.rows(data.traj), self.chunks(ctx, len(data))
+        share = 1 / (len(rows) * sum(part.stop - part.start for part in chunks))
+        for row in rows:
+            for part in chunks:
+                q = self.step(traj, part, row)
+                advantage = advantages[part].to(q.mean.device)
+                gap = per_dim(q.log_prob(traj.x[part, row + 1]) - traj.log_prob[part, row], q)
+                ratio = (self.guarded(data, part, row, q, gap) if s.guard else gap).exp()
+                loss, stats = surrogate(ratio, advantage, s.clip), {"ratio": ratio, "clipped": outside(ratio, s.clip)}
+                if s.beta:
+                    kl = self.kl(traj, part, row, q)
+                    loss, stats = loss + s.beta * kl, stats | {"kl": kl}
+                yield Term(loss.sum() * share, stats)
+
+    def kl(self, traj: Trajectory, part: slice, row: int, q: Gaussian) -> Tensor:
+        """KL (B,) of this step to the base's, nats per dimension."""
+        with torch.no_grad(), self.policy.reference():
+            base = self.step(traj, part, row)
+        kl = per_dim(q.kl(base), q)
+        if self.settings.kl_form == "exact":
+            return kl
+        sigma = self.tools.driver.grid(self.settings.steps, **self.tools.call).sigma
+        return kl * float(sigma[row] - sigma[row + 1])
+
+    def guarded(self, data: Rollout, part: slice, row: int, q: Gaussian, gap: Tensor) -> Tensor:
+        """GRPO-Guard's log-ratio (arXiv 2510.22319): std (log rho + |mean - old mean|^2 / (2 std^2)), per dimension.
+
+        Without the square, by which log rho is below 0 on average, and in one scale for all steps, clipping bites on
+        both sides alike and at every step.
+        """
+        moved = (q.mean - data.old_mean(part, row, q.std)).square().flatten(1).mean(1)
+        return q.std.flatten()[0] * (gap + moved / (2 * q.std.flatten()[0].square()))

@@ -1,0 +1,67 @@
+"""Advantages, pairs and trackers by hand."""
+
+import math
+
+import pytest
+import torch
+
+from t2i_align.advantage import PromptTracker, gdpo_advantage, group_advantage, unequal_pairs
+
+NAN = math.nan
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    population = group_advantage(rewards, 4, eps=0.0)
+    assert population.tolist() == pytest.approx([-1.341641, -0.447214, 0.447214, 1.341641], abs=1e-6)
+    sample = group_advantage(rewards, 4, ddof=1, eps=0.0)
+    assert sample.tolist() == pytest.approx([-1.161895, -0.387298, 0.387298, 1.161895], abs=1e-6)
+
+
+def test_groups_have_their_own_mean_and_the_batch_one_std():
+    rewards = torch.tensor([0.0, 2.0, 10.0, 18.0])
+    assert group_advantage(rewards, 2, eps=0.0).tolist() == pytest.approx([-1, 1, -1, 1])
+    std = rewards.std(correction=0).item()
+    assert group_advantage(rewards, 2, "global", eps=0.0).tolist() == pytest.approx([v / std for v in (-1, 1, -4, 4)])
+    assert group_advantage(rewards, 2, "none", clip=None).tolist() == [-1, 1, -4, 4]
+
+
+def test_equal_and_missing_rewards_move_nothing():
+    assert not group_advantage(torch.ones(6), 3).any()
+    assert not group_advantage(torch.ones(3), 1).any()
+    advantage = group_advantage(torch.tensor([1.0, NAN, 3.0]), 3, eps=0.0)
+    assert advantage.tolist() == pytest.approx([-1, 0, 1])
+    assert not group_advantage(torch.tensor([NAN, NAN]), 2).any()
+
+
+def test_advantages_are_clamped():
+    rewards = torch.zeros(100)
+    rewards[0] = 1.0
+    assert group_advantage(rewards, 100).max() == 5.0
+    assert group_advantage(rewards, 100, clip=None).max() > 9
+
+
+def test_gdpo_gives_every_reward_the_same_say():
+    big, small = torch.tensor([0.0, 100.0, 0.0, 100.0]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    advantage = gdpo_advantage({"big": big, "small": small}, {"big": 1.0, "small": 1.0}, 4)
+    assert advantage[1] == pytest.approx(float(advantage[2]), abs=1e-2)
+    assert advantage[3] > 0 > advantage[0]
+
+
+def test_a_prompts_own_statistics_are_used_once_there_are_enough():
+    tracker = PromptTracker(size=4, min_count=2)
+    first = tracker.advantage(["a", "b"], torch.tensor([0.0, 10.0]), eps=0.0)
+    assert first.tolist() == pytest.approx([-1, 1])  # of the batch
+    second = tracker.advantage(["a", "b"], torch.tensor([2.0, 30.0]), eps=0.0)
+    assert second.tolist() == pytest.approx([1, 1])  # a: 0, 2; b: 10, 30
+    again = PromptTracker(size=4, min_count=2)
+    again.load_state_dict(tracker.state_dict())
+    third = [t.advantage(["a"], torch.tensor([4.0])) for t in (tracker, again)]
+    assert torch.equal(*third)
+
+
+def test_pairs_hold_unequal_rewards_of_one_prompt():
+    rewards = torch.tensor([1.0, 3.0, 3.0, 0.0, NAN, 2.0])
+    assert unequal_pairs(rewards, 3).tolist() == [[1, 0], [2, 0], [5, 3]]
+    assert unequal_pairs(rewards, 3, extremes=True).tolist() == [[1, 0], [5, 3]]
+    assert unequal_pairs(torch.ones(4), 2, extremes=True).shape == (0, 2)

@@ -1,0 +1,216 @@
+"""On-policy methods: hand-computed values, equivalences, and the exact toy."""
+
+import math
+
+import pytest
+import torch
+
+from t2i_align.config import TrainConfig
+from t2i_align.methods.base import Tools, surrogate
+from t2i_align.methods.d3po import D3PO, D3POSettings, preference_loss
+from t2i_align.methods.ddpo import DDPO, DDPOSettings
+from t2i_align.methods.grpo import GRPO, GRPOSettings
+from t2i_align.methods.prdp import PRDP, PRDPSettings, proximal
+from t2i_align.pipelines.driver import Driver
+from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.policy import Policy
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import FunctionScorer
+from t2i_align.train import Ctx, fit
+
+METHODS = {
+    "ddpo": (DDPO, DDPOSettings),
+    "grpo": (GRPO, GRPOSettings),
+    "d3po": (D3PO, D3POSettings),
+    "prdp": (PRDP, PRDPSettings),
+}
+
+
+def linear(images, prompts):
+    return 16 * (images[:, 0, 0, 0] - 0.5)
+
+
+def make(name, flow=False, reward=linear, size=1, **settings):
+    pipe = toy_pipeline(flow=flow, size=size)
+    policy = Policy.full(pipe)
+    cls, options = METHODS[name]
+    defaults = {"group": 8, "steps": 5, "batch_size": 16}
+    return cls(options(**(defaults | settings)), policy, Tools(Driver(pipe), FunctionScorer(reward)))
+
+
+def context(step=0, update=0):
+    return Ctx(0, step, torch.device("cpu"), update)
+
+
+def gradient(method, prompts=("0", "1"), ctx=None):
+    ctx = ctx or context()
+    batch = method.collect(ctx, Prompts.of(list(prompts)))
+    method.zero_grad()
+    stats = []
+    for term in method.losses(ctx, batch):
+        term.loss.backward()
+        stats.append({name: torch.as_tensor(value).detach() for name, value in term.stats.items()})
+    (shift,) = method.policy.trainable()
+    return shift.grad.clone(), stats, batch
+
+
+def test_surrogate_by_hand():
+    ratio = torch.tensor([1.0002, 1.0002], requires_grad=True)
+    loss = surrogate(ratio, torch.tensor([1.0, -1.0]), 1e-4)
+    assert loss.tolist() == pytest.approx([-1.0001, 1.0002], abs=1e-7)
+    loss.sum().backward()
+    assert ratio.grad.tolist() == [0, 1]
+
+
+def test_preference_loss_by_hand():
+    gap = torch.zeros(1, requires_grad=True)
+    loss = preference_loss(gap, 0.1)
+    loss.sum().backward()
+    assert float(loss) == pytest.approx(0.693147, abs=1e-6)
+    assert float(gap.grad) == pytest.approx(-0.05)
+    by_hand = {(1.05, 0.95): 0.688156, (1.1, 0.9): 0.683164, (1.3, 0.5): 0.683164}
+    method = make("d3po")
+    for (win, lose), value in by_hand.items():
+        log_ratio = torch.tensor([math.log(win), math.log(lose)], requires_grad=True)
+        loss = preference_loss(method.gap(log_ratio), 0.1)
+        assert float(loss) == pytest.approx(value, abs=1e-6)
+    loss.sum().backward()
+    assert not log_ratio.grad.any()  # both are clamped
+
+
+def test_prdp_by_hand():
+    """Overshoot is still corrected; a pair that is clipped on its way has loss but no gradient."""
+    old, pairs = torch.zeros(2, 2), torch.tensor([[0, 1]])
+    rewards = torch.tensor([1.0, 0.5])
+    over = proximal(torch.tensor([[0.6, 0.6], [-0.2, -0.2]]), old, rewards, pairs, beta=2.0, eps=0.15)
+    assert float(over.loss) == pytest.approx(0.3025)
+    assert over.slope[0].tolist() == pytest.approx([0.55, 0.55])
+    on_its_way = proximal(torch.tensor([[0.3, 0.3], [0.0, 0.0]]), old, rewards, pairs, beta=0.5, eps=0.15)
+    assert float(on_its_way.loss) == pytest.approx(0.7225)
+    assert not on_its_way.slope[0].any()
+    exact = proximal(
+        torch.tensor([[math.log(0.731059 / 0.5)], [math.log(0.268941 / 0.5)]]),
+        old[:, :1],
+        torch.tensor([1.0, 0.0]),
+        pairs,
+        1.0,
+        9.0,
+    )
+    assert float(exact.loss) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_slope_of_prdp_is_its_derivative():
+    g = torch.Generator().manual_seed(0)
+    now, old = (0.2 * torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    rewards = torch.randn(6, generator=g, dtype=torch.float64)
+    pairs = torch.tensor([[a, b] for a in range(6) for b in range(6) if rewards[a] > rewards[b]])
+    now.requires_grad_()
+    clipped = now.clamp(old - 0.1, old + 0.1)
+    target = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
+    plain, near = (rh.mean(1)[pairs[:, 0]] - rh.mean(1)[pairs[:, 1]] - target for rh in (now, clipped))
+    loss = torch.maximum(plain.square(), near.square()).mean()
+    (exact,) = torch.autograd.grad(loss, now)
+    mine = proximal(now.detach(), old, rewards, pairs, beta=1.0, eps=0.1)
+    torch.testing.assert_close(mine.slope, exact)
+    torch.testing.assert_close(mine.loss, loss.detach())
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("name", ["ddpo", "grpo"])
+def test_ratios_start_at_exactly_1(name, flow):
+    _, stats, _ = gradient(make(name, flow))
+    assert all((row["ratio"] == 1).all() for row in stats)
+
+
+def test_guarded_ratios_start_at_1():
+    _, stats, _ = gradient(make("grpo", guard=True))
+    assert all((row["ratio"] - 1).abs().max() < 1e-6 for row in stats)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_first_gradients_are_those_of_one_policy_gradient(flow):
+    """At theta = old = ref: PRDP is GRPO without its std, D3PO of all pairs ranks, DDPO is GRPO by other statistics."""
+    same = {"group": 8, "beta": 1.0}
+    prdp, _, (data, _) = gradient(make("prdp", flow, **same), ["0"])
+    grpo, _, _ = gradient(make("grpo", flow, group=8, spread="none", advantage_clip=1e9), ["0"])
+    # dL/drh_i = -(4 / (beta (B - 1))) (r_i - mean): twice that of a mean over pairs a > b, counted once
+    torch.testing.assert_close(prdp, 4 * 8 / 7 * grpo, rtol=1e-4, atol=1e-6)
+    ddpo, _, _ = gradient(make("ddpo", flow, group=8, min_count=99, advantage_clip=1e9), ["0"])
+    spread = data.scores.total.std(correction=0)
+    torch.testing.assert_close(ddpo * spread, grpo, rtol=1e-4, atol=1e-6)
+
+
+def test_first_gradient_of_d3po_is_half_beta_times_the_difference():
+    """-(beta / 2) (g_w - g_l) per pair: that of GRPO with advantages 1 and -1, times beta / 2 times two samples."""
+    d3po, _, (data, pairs, _) = gradient(make("d3po", group=2, clip=None, beta=0.1), ["0"])
+    grpo, _, _ = gradient(make("grpo", group=2, shared_start=True), ["0"])  # advantages of two are +-1
+    assert len(pairs) == 1
+    torch.testing.assert_close(d3po, 0.05 * 2 * grpo, rtol=5e-3, atol=1e-7)
+
+
+def test_equal_rewards_give_no_gradient():
+    same = lambda images, prompts: torch.ones(len(images))  # noqa: E731
+    for name in ("ddpo", "grpo"):
+        grad, _, _ = gradient(make(name, reward=same))
+        assert not grad.any()
+    for name in ("d3po", "prdp"):
+        method = make(name, reward=same)
+        batch = method.collect(context(), Prompts.of("0"))
+        assert not list(method.losses(context(), batch))
+
+
+def test_terms_add_up_to_the_same_whatever_the_batch_size():
+    for name in METHODS:
+        large, small = (gradient(make(name, batch_size=size))[0] for size in (16, 4))
+        torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-7)
+
+
+def test_minibatches_share_a_round_and_cover_it():
+    method = make("grpo", batch_size=4, minibatches=2, epochs=2)
+    parts = [method.chunks(context(step, step % 4), 16) for step in range(4)]
+    for first, second in ((0, 1), (2, 3)):
+        covered = sorted(part.start for part in parts[first] + parts[second])
+        assert covered == [0, 4, 8, 12]
+    assert method.updates == 4
+
+
+def test_a_window_trains_its_rows_alone():
+    method = make("grpo", window=2)
+    for step, rows in ((0, (0, 1)), (1, (2, 3)), (2, (1, 2))):
+        assert method.rollout(context(step), Prompts.of("0")).traj.stochastic == rows
+
+
+def test_published_kl_leaves_out_the_step_length():
+    method = make("grpo", flow=True, beta=1.0)
+    data, _ = method.collect(context(), Prompts.of("0"))
+    with torch.no_grad():
+        method.policy.trainable()[0].add_(0.3)
+    exact, published = [], []
+    for form, out in (("exact", exact), ("published", published)):
+        method.settings = method.settings.model_copy(update={"kl_form": form})
+        q = method.step(data.traj, slice(0, 8), 1)
+        out.append(method.kl(data.traj, slice(0, 8), 1, q))
+    sigma = method.tools.driver.grid(5).sigma
+    torch.testing.assert_close(published[0], exact[0] * float(sigma[1] - sigma[2]))
+    assert (exact[0] > 0).all()
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(
+    ("name", "settings", "rate"),
+    [
+        ("grpo", {"clip": 0.2, "epochs": 2}, 0.05),
+        ("ddpo", {"clip": 0.2, "epochs": 2}, 0.05),
+        ("d3po", {"clip": None, "group": 8, "pairs": "all"}, 0.05),
+        ("prdp", {"beta": 1.0, "eps": 0.2, "epochs": 2}, 0.05),
+    ],
+)
+def test_every_method_raises_the_reward_of_the_toy(name, settings, rate, flow, tmp_path):
+    method = make(name, flow, trained_rows=0.6, **settings)
+    with torch.no_grad():
+        before = method.rollout(context(99), Prompts.of(["0"] * 40)).scores.total.mean()
+    config = TrainConfig(steps=20, learning_rate=rate, weight_decay=0.0)
+    fit(method, lambda step: Prompts.of(["0"] * 4), config, tmp_path)
+    after = method.rollout(context(99), Prompts.of(["0"] * 40)).scores.total.mean()
+    print(f"{name}: {before:.3f} -> {after:.3f}")
+    assert after > before + 0.2
