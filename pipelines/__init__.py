@@ -5,19 +5,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from t2i_align.pipelines.loading import PipelineError, call_keywords, card_of, check_call, load_pipeline
-
 if TYPE_CHECKING:
+    from t2i_align.pipelines.catalog import call_defaults, call_keywords, card_of, check_call
     from t2i_align.pipelines.driver import Driver
-    from t2i_align.pipelines.kernels import Gaussian, Kernel, cps, dance_sde, ddim, flow_sde, ode, per_dim
+    from t2i_align.pipelines.kernels import Gaussian, Kernel, cps, dance_sde, ddim, flow_sde, load_kernel, ode, per_dim
+    from t2i_align.pipelines.loading import load_pipeline
+    from t2i_align.pipelines.models import PipelineError
 
-_KERNELS = ("Gaussian", "Kernel", "cps", "dance_sde", "ddim", "flow_sde", "ode", "per_dim")
-_LAZY = {"Driver": "t2i_align.pipelines.driver", **dict.fromkeys(_KERNELS, "t2i_align.pipelines.kernels")}
+_CATALOG = ("call_defaults", "call_keywords", "card_of", "check_call")
+_KERNELS = ("Gaussian", "Kernel", "cps", "dance_sde", "ddim", "flow_sde", "load_kernel", "ode", "per_dim")
+_LAZY = {
+    "Driver": "t2i_align.pipelines.driver",
+    "PipelineError": "t2i_align.pipelines.models",
+    "load_pipeline": "t2i_align.pipelines.loading",
+    **dict.fromkeys(_CATALOG, "t2i_align.pipelines.catalog"),
+    **dict.fromkeys(_KERNELS, "t2i_align.pipelines.kernels"),
+}
 __all__ = [
     "Driver",
     "Gaussian",
     "Kernel",
     "PipelineError",
+    "call_defaults",
     "call_keywords",
     "card_of",
     "check_call",
@@ -25,6 +34,7 @@ __all__ = [
     "dance_sde",
     "ddim",
     "flow_sde",
+    "load_kernel",
     "load_pipeline",
     "ode",
     "per_dim",

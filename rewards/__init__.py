@@ -7,15 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from t2i_align.config import nearest
-from t2i_align.rewards.expression import RewardError, parse_expression
+from t2i_align.rewards.build import Builder, check_node
+from t2i_align.rewards.expression import Node, RewardError, read_reward, split_rewards
 
 if TYPE_CHECKING:
     from t2i_align.rewards.base import Scorer, Scores
     from t2i_align.rewards.compose import FunctionScorer, WeightedSum
+    from t2i_align.rewards.constraints import Constraint, Limited
+    from t2i_align.rewards.reference import Reference
 
 __all__ = [
     "SCORERS",
+    "Constraint",
     "FunctionScorer",
+    "Limited",
+    "Reference",
     "RewardError",
     "Scorer",
     "Scores",
@@ -23,10 +29,14 @@ __all__ = [
     "check_reward",
     "load_reward",
     "scorer_class",
+    "split_rewards",
 ]
 
 _LAZY = {
+    "Constraint": "t2i_align.rewards.constraints",
     "FunctionScorer": "t2i_align.rewards.compose",
+    "Limited": "t2i_align.rewards.constraints",
+    "Reference": "t2i_align.rewards.reference",
     "Scorer": "t2i_align.rewards.base",
     "Scores": "t2i_align.rewards.base",
     "WeightedSum": "t2i_align.rewards.compose",
@@ -36,6 +46,9 @@ SCORERS = {
     "verifier": "t2i_align.rewards.verifier:Verifier",
     "jpeg_compressibility": "t2i_align.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "t2i_align.rewards.jpeg:JpegIncompressibility",
+    "clip": "t2i_align.rewards.clip:CLIP",
+    "tiny_clip": "t2i_align.rewards.tiny:TinyCLIP",
+    "tiny_pick": "t2i_align.rewards.tiny:TinyPick",
 }
 
 
@@ -61,47 +74,42 @@ def scorer_class(name: str) -> type[Scorer]:
     return found
 
 
-def check_reward(spec: str | Mapping[str, float]) -> list[tuple[float, str]]:
-    """Read a reward's text or mapping form and make sure that every scorer in it exists, without loading weights.
+def check_reward(spec: str | Mapping[str, Any]) -> Node:
+    """Read a reward's text or mapping form and make sure that all of it exists, without loading weights.
 
     Raises:
-        RewardError: not an expression, an unknown scorer, or one that cannot work here.
+        RewardError: not an expression, an unknown scorer, function or option, or a scorer that cannot work here.
     """
-    terms = (
-        parse_expression(spec) if isinstance(spec, str) else [(float(weight), name) for name, weight in spec.items()]
-    )
-    for _, name in terms:
-        missing = scorer_class(name).missing()
-        if missing:
-            raise RewardError(f"The scorer {name!r} cannot be used: {missing}")
-    return terms
+    node = read_reward(spec)
+    check_node(node, scorer_class)
+    return node
 
 
 def load_reward(
-    spec: str | Mapping[str, float] | Scorer | Callable[..., Any],
+    spec: str | Mapping[str, Any] | Scorer | Callable[..., Any],
     device: Any = None,
+    base: Reference | str | None = None,
 ) -> Scorer:
     """Make a scorer.
 
     Args:
-        spec: a name, a sum such as `"2 * verifier - 0.1 * jpeg_incompressibility"`, a mapping of names to weights, a
-            callable `f(images, prompts) -> (B,)`, or a `Scorer`, which is returned as it is.
+        spec: a name; a sum or function such as `"2 * verifier - 0.1 * jpeg_incompressibility"` or
+            `"lcb(a, b, k=1)"`; a mapping of names to weights or blocks (`expression.read_reward`); a callable
+            `f(images, prompts) -> (B,)`; or a `Scorer`, which is returned as it is.
         device: where its networks go.
+        base: what functions such as `calibrated` compare with: a `Reference`, or the alias or folder of a pipeline
+            for which `t2i-align rewards calibrate` was run.
 
     Raises:
-        RewardError: unknown or unusable scorers, before any weight is loaded.
+        RewardError: unknown or unusable scorers, before any weight is loaded; a calibration that is missing.
     """
     from t2i_align.rewards.base import Scorer
-    from t2i_align.rewards.compose import FunctionScorer, WeightedSum
+    from t2i_align.rewards.compose import FunctionScorer
 
     if isinstance(spec, Scorer):
         scorer = spec
     elif isinstance(spec, (str, Mapping)):
-        terms = check_reward(spec)
-        classes = [(weight, scorer_class(name)) for weight, name in terms]
-        scorers = [(weight, made()) for weight, made in classes]
-        alone = len(scorers) == 1 and scorers[0][0] == 1
-        scorer = scorers[0][1] if alone else WeightedSum(scorers)
+        scorer = Builder(scorer_class, base).build(check_reward(spec))
     elif callable(spec):
         scorer = FunctionScorer(spec)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class Scorer(nn.Module):
     name: str = ""
     differentiable: bool = False  # gradients reach the pixels
     needs_prompt: bool = False
+    groupwise: bool = False  # compares images of one prompt: a score depends on the other rows of the call
     columns: tuple[str, ...] = ()  # prompt columns read besides the text
     range: tuple[float, float] = (-float("inf"), float("inf"))  # of possible values
     unit: ClassVar[str] = ""
@@ -68,7 +69,7 @@ class Scorer(nn.Module):
         """Score images of any kind and size.
 
         Args:
-            images: what `t2i_align.data.images.to_tensors` takes.
+            images: what `t2i_align.data.images.to_tensors` takes; they move to where the scorer's networks are.
             prompts: one string for all images, one per image, or a `Prompts` table.
             batch_size: images of one size that go through the scorer together.
 
@@ -78,29 +79,56 @@ class Scorer(nn.Module):
         """
         tensors = to_tensors(images)
         if not len(tensors):
-            return Scores(torch.empty(0), {self.name: torch.empty(0)})
+            return Scores(torch.empty(0), {name: torch.empty(0) for name in self.part_names()})
         table = Prompts.of(prompts, len(tensors))
         self.check(tensors, table, given=prompts is not None)
-        if isinstance(tensors, Tensor):
-            parts = [
-                self._score(tensors[first : first + batch_size], table[first : first + batch_size])
-                for first in range(0, len(tensors), batch_size)
-            ]
-            return _concatenate(parts)
-        by_size: dict[torch.Size, list[int]] = {}
-        for row, tensor in enumerate(tensors):
-            by_size.setdefault(tensor.shape, []).append(row)
-        order = [row for rows in by_size.values() for row in rows]
-        parts = [
-            self._score(
-                torch.stack([tensors[row] for row in rows[first : first + batch_size]]),
-                table[rows[first : first + batch_size]],
+        place = next((weight.device for network in self.networks() for weight in network.parameters()), None)
+        leaves = self.leaves()
+        seen: dict[Scorer, list[tuple[Tensor, ...]]] = {leaf: [] for leaf in leaves}
+        batches = _batches(tensors, batch_size)
+        for rows in batches:
+            if isinstance(tensors, Tensor):
+                batch = tensors[rows[0] : rows[-1] + 1]
+            else:
+                batch = torch.stack([tensors[row] for row in rows])
+            batch = batch if place is None else batch.to(place)
+            for leaf in leaves:  # one object for all of them: scorers on one tower find its features ready
+                seen[leaf].append(leaf.measure(batch, table[rows]))
+        back = torch.tensor([row for rows in batches for row in rows]).argsort()
+        measured = {
+            leaf: tuple(torch.cat(values)[back.to(values[0].device)] for values in zip(*parts, strict=True))
+            for leaf, parts in seen.items()
+        }
+        return self.combine(measured, table)
+
+    def leaves(self) -> list[Scorer]:
+        """The scorers that look at pixels, each once; of a scorer made of others, theirs."""
+        return [self]
+
+    def networks(self) -> list[nn.Module]:
+        """The modules whose weights decide the score; overridden by scorers that share one without owning it."""
+        return [self]
+
+    def part_names(self) -> tuple[str, ...]:
+        """The names of `Scores.parts`."""
+        return (self.name,)
+
+    def measure(self, images: Tensor, prompts: Prompts) -> tuple[Tensor, ...]:
+        """What `combine` needs of a batch: tensors with one row per image, here (mean,) or (mean, std)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            value = self(images, prompts)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(part.shape != (len(images),) for part in parts):  # (B, 1) would broadcast to (B, B) in a sum
+            raise RewardError(
+                f"Expected {self.name!r} to return one number for each of {len(images)} images but got shape "
+                f"{', '.join(str(tuple(part.shape)) for part in parts)}."
             )
-            for rows in by_size.values()
-            for first in range(0, len(rows), batch_size)
-        ]
-        back = torch.tensor(order).argsort()
-        return _map(lambda values: values[back.to(values.device)], _concatenate(parts))
+        return tuple(part.float() for part in parts)
+
+    def combine(self, measured: Mapping[Scorer, tuple[Tensor, ...]], prompts: Prompts) -> Scores:
+        """Scores of all rows of a call, from what its leaves measured batch by batch."""
+        mean, *std = measured[self]
+        return Scores(mean, {self.name: mean}, std[0] if std else None)
 
     def check(self, images: Tensor | list[Tensor], prompts: Prompts, given: bool = True) -> None:
         """Raise RewardError where `forward` could not do what is asked of it."""
@@ -121,21 +149,38 @@ class Scorer(nn.Module):
             if reason:
                 raise RewardError(f"The scorer {self.name!r} cannot score {prompt!r}: {reason}")
 
-    def _score(self, images: Tensor, prompts: Prompts) -> Scores:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            value = self(images, prompts)
-        mean, std = value if isinstance(value, tuple) else (value, None)
-        return Scores(mean.float(), {self.name: mean.float()}, None if std is None else std.float())
+    def __mul__(self, weight: float) -> Scorer:
+        if not isinstance(weight, (int, float)):
+            return NotImplemented
+        from t2i_align.rewards.compose import weighted_sum
+
+        return weighted_sum((float(weight), self))
+
+    def __add__(self, other: Scorer) -> Scorer:
+        if not isinstance(other, Scorer):
+            return NotImplemented
+        from t2i_align.rewards.compose import weighted_sum
+
+        return weighted_sum((1.0, self), (1.0, other))
+
+    def __radd__(self, other: int) -> Scorer:  # `sum()` starts from 0
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: Scorer) -> Scorer:
+        return self + -other if isinstance(other, Scorer) else NotImplemented
+
+    def __neg__(self) -> Scorer:
+        return -1.0 * self
+
+    def __truediv__(self, number: float) -> Scorer:
+        return self * (1 / number) if isinstance(number, (int, float)) else NotImplemented
+
+    __rmul__ = __mul__
 
 
-def _map(function: Any, scores: Scores) -> Scores:
-    parts = {name: function(values) for name, values in scores.parts.items()}
-    return Scores(function(scores.total), parts, None if scores.std is None else function(scores.std))
-
-
-def _concatenate(parts: list[Scores]) -> Scores:
-    names = parts[0].parts
-    std = None if parts[0].std is None else torch.cat([p.std for p in parts if p.std is not None])
-    return Scores(
-        torch.cat([p.total for p in parts]), {name: torch.cat([p.parts[name] for p in parts]) for name in names}, std
-    )
+def _batches(tensors: Tensor | list[Tensor], batch_size: int) -> list[list[int]]:
+    """Rows that go through a scorer together: images of one size, at most `batch_size`."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for row, tensor in enumerate(tensors):
+        by_size.setdefault(tensor.shape, []).append(row)
+    return [rows[first : first + batch_size] for rows in by_size.values() for first in range(0, len(rows), batch_size)]

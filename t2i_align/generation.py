@@ -12,7 +12,7 @@ from PIL import Image
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator
 from t2i_align.pipelines import call_keywords, check_call, load_pipeline
-from t2i_align.prompts import Prompts
+from t2i_align.prompts import Prompts, occurrences
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,12 +44,12 @@ def generate(
     other prompts; a prompt that comes again in the table gets new images.
 
     Args:
-        pipeline: what `load_pipeline` takes.
+        pipeline: what `load_pipeline` takes; open it there for another device, dtype, LoRAs, ...
         prompts: one text or many.
         particles: images per prompt.
         seed: any int.
-        steps: denoising steps; from the pipeline's card if None.
-        guidance: guidance scale; from the pipeline's card if None.
+        steps: denoising steps; what suits the pipeline (`call_defaults`) if None.
+        guidance: guidance scale, by whichever keyword the pipeline takes it; what suits the pipeline if None.
         batch_size: images that go through the network together.
         call: other keywords of the pipeline's own `__call__` (`height`, `negative_prompt`, ...).
 
@@ -77,12 +77,15 @@ def generate_samples(
     if batch_size < 1:
         raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
     check_call(pipe, call)
-    repeats = _occurrences(prompts)
+    repeats = occurrences(prompts)
+    negative = call.get("negative_prompt")
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
         texts = [prompts[row] for row, _ in batch]
         # One generator per image is diffusers' own way to make an image independent of its batch mates.
         generators = [sample_generator(seed, prompts[row], repeats[row], particle) for row, particle in batch]
+        if isinstance(negative, str):  # Qwen-Image takes a single text for a batch of one
+            call["negative_prompt"] = [negative] * len(texts)
         images = pipe(texts, generator=generators, output_type="pil", **call).images
         for (row, particle), text, image in zip(batch, texts, images, strict=True):
             yield Sample(row, text, particle, image)
@@ -91,13 +94,3 @@ def generate_samples(
 def sample_generator(seed: int, prompt: str, repeat: int, particle: int) -> torch.Generator:
     """The random stream of one image; `repeat` counts equal prompts of one table."""
     return generator(seed, "sample", prompt, repeat, particle)
-
-
-def _occurrences(prompts: Prompts) -> list[int]:
-    """For each row, how many earlier rows have the same text."""
-    seen: dict[str, int] = {}
-    counts = []
-    for text in prompts.text:
-        counts.append(seen.get(text, 0))
-        seen[text] = counts[-1] + 1
-    return counts

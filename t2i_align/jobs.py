@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -13,17 +14,23 @@ from t2i_align.config import Settings
 from t2i_align.data.images import contact_sheet, open_image
 from t2i_align.devices import resolve_device
 from t2i_align.generation import generate_samples
-from t2i_align.pipelines import call_keywords, card_of, check_call, load_pipeline
+from t2i_align.pipelines import call_defaults, call_keywords, card_of, check_call, load_pipeline
+from t2i_align.pipelines.catalog import guidance_keyword, steps_note
+from t2i_align.pipelines.loading import default_dtype
+from t2i_align.pipelines.models import GUIDANCE, find_model
 from t2i_align.playground.grammar import CaptionError, parse
 from t2i_align.progress import Progress
 from t2i_align.prompts import Prompts
 from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 SHEET_ROWS = 50  # prompts on a contact sheet
 
 
 class GenerateJob(Settings):
-    """What decides the images of `t2i-align generate`; None leaves a value to the pipeline's card."""
+    """What decides the images of `t2i-align generate`; None leaves a value to the pipeline."""
 
     prompts: tuple[str, ...]
     pipeline: str = "tiny-sd"
@@ -31,12 +38,56 @@ class GenerateJob(Settings):
     seed: int = 0
     steps: int | None = Field(None, gt=0)
     guidance: float | None = None
+    height: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
+    dtype: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    vae: str | None = None
+    lora: tuple[tuple[str, float], ...] = ()
+    quantize: str | None = None
 
-    def resolved(self) -> GenerateJob:
-        """The same with the pipeline's defaults filled in."""
-        call = call_keywords(self.pipeline, self.steps, self.guidance)
-        update = {"steps": call.get("num_inference_steps"), "guidance": call.get("guidance_scale")}
-        return self.model_copy(update=update)
+    def call(self) -> dict[str, Any]:
+        """Keywords of the pipeline's `__call__`."""
+        return call_keywords(self.pipeline, self.steps, self.guidance, height=self.height, width=self.width)
+
+    def resolved(self, device_type: str = "cpu") -> GenerateJob:
+        """The same with what suits the pipeline, on such a device, filled in."""
+        call = self.call()
+        guidance = next((call[keyword] for keyword in GUIDANCE if keyword in call), None)
+        update = {"steps": call.get("num_inference_steps"), "guidance": guidance}
+        update |= {"height": call.get("height"), "width": call.get("width")}
+        return self.model_copy(update=update | {"dtype": self.dtype or default_dtype(self.pipeline, device_type)})
+
+    def open(self, **options: Any) -> DiffusionPipeline:
+        """The pipeline; `options` are those of `load_pipeline` that do not decide the images."""
+        return load_pipeline(
+            self.pipeline,
+            dtype=self.dtype,
+            variant=self.variant,
+            revision=self.revision,
+            vae=self.vae,
+            lora=list(self.lora),
+            quantize=self.quantize,
+            **options,
+        )
+
+
+def call_notes(job: GenerateJob, pipe: DiffusionPipeline) -> Iterator[str]:
+    """How a job calls its pipeline and where that comes from; then whether a distilled model gets too many steps."""
+    own = {name: parameter.default for name, parameter in inspect.signature(type(pipe).__call__).parameters.items()}
+    call = own | job.call()
+    steps, guidance = call["num_inference_steps"], call.get(guidance_keyword(job.pipeline))
+    said = f"{steps} step{'' if steps == 1 else 's'}"
+    said += "" if guidance is None else f", guidance {guidance:g}"
+    said += f", {call['width']}x{call['height']}" if call.get("width") and call.get("height") else ""
+    source = "its card" if call_defaults(job.pipeline) else "diffusers"
+    if find_model(job.pipeline) is not None:
+        source = "the table of models"
+    yield f"{job.pipeline}: {said} (defaults from {source}; --steps, --guidance, --height and --width change them)"
+    note = steps_note(job.pipeline, steps)
+    if note is not None:
+        yield note
 
 
 def prompt_notes(pipeline: str | Path, prompts: Sequence[str]) -> Iterator[str]:
@@ -58,15 +109,22 @@ def run_generate(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Write `images/ROW-PARTICLE.png`, `results.jsonl` and `contact_sheet.png`; return the result rows."""
-    job, place = job.resolved(), resolve_device(device)
+    """Write `images/ROW-PARTICLE.png`, `results.jsonl` and `contact_sheet.png`; return the result rows.
+
+    `options` are those of `load_pipeline` that the job does not name: `offload`, `attention`, ...
+    """
+    place = resolve_device(device)
+    job = job.resolved(place.type)
     for line in prompt_notes(job.pipeline, job.prompts):
         print(f"note: {line}", file=sys.stderr)
-    call = call_keywords(job.pipeline, job.steps, job.guidance)
-    pipe = load_pipeline(job.pipeline, device=place)
+    call = job.call()
+    pipe = job.open(device=place, **options)
     check_call(pipe, call)
     folder = open_folder(out, job, resume=resume, overwrite=overwrite)
+    for line in call_notes(job, pipe):
+        print(f"note: {line}", file=sys.stderr)
     (folder / "images").mkdir(exist_ok=True)
     results = folder / "results.jsonl"
     rows = [row for row in read_jsonl(results) if (folder / row["image"]).is_file()]

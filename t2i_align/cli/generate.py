@@ -2,38 +2,129 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
+
+
+def list_models(wanted: bool) -> None:
+    if not wanted:
+        return
+    from t2i_align.cli.tables import print_table
+    from t2i_align.pipelines.models import model_rows
+
+    print_table(model_rows())
+    raise Exit
 
 
 def generate(
     prompts: Annotated[
         str, Argument(metavar="PROMPT|FILE", help="A prompt, or a .txt, .jsonl, .csv or .parquet file of prompts.")
     ],
-    out: Annotated[Path, Option(help="Folder for the images, results.jsonl and contact_sheet.png.")],
-    pipeline: Annotated[str, Option(help="Alias or folder of a diffusers pipeline.")] = "tiny-sd",
-    particles: Annotated[int, Option(min=1, help="Images per prompt.")] = 8,
+    out: Annotated[Path, Option(help="Folder for the images, the table of results and contact_sheet.png.")],
+    settings: Annotated[
+        list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Settings of the steering method: particles=8.")
+    ] = None,
+    pipeline: Annotated[
+        str, Option(help="Alias (see --models), hub id or folder of a diffusers pipeline.")
+    ] = "tiny-sd",
+    particles: Annotated[
+        int | None, Option(min=1, help="Images per prompt. [default: 8; the method's own where steered]")
+    ] = None,
+    steer: Annotated[
+        str | None, Option(metavar="METHOD", help="Steer by --rewards: best_of_n, fk, svdd, das, guidance, reno, ...")
+    ] = None,
+    rewards: Annotated[str | None, Option(help='What --steer maximises: "2 * pickscore + image_reward".')] = None,
+    kernel: Annotated[
+        str | None, Option(help="Of steered steps: ddim(1.0), flow_sde(0.7), ode. [default: the method's own]")
+    ] = None,
+    save_pairs: Annotated[
+        Path | None, Option(help="Folder for the best and worst image of each steered prompt, as preference pairs.")
+    ] = None,
     seed: Annotated[int, Option(help="An image depends on prompt, seed and its number alone.")] = 0,
     steps: Annotated[int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own]")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale. [default: the pipeline's own]")] = None,
-    batch_size: Annotated[int, Option(min=1, help="Images computed together.")] = 16,
+    height: Annotated[int | None, Option(min=1, help="Pixels. [default: the pipeline's own]")] = None,
+    width: Annotated[int | None, Option(min=1, help="Pixels. [default: the pipeline's own]")] = None,
+    batch_size: Annotated[
+        int, Option("--max-batch", "--batch-size", min=1, help="Images computed together, of one prompt or several.")
+    ] = 16,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    dtype: Annotated[
+        str | None, Option(help="fp32, bf16, fp16. [default: fp32 on the CPU, else what suits the model]")
+    ] = None,
+    variant: Annotated[str | None, Option(help="Of the weight files, such as fp16. [default: what suits]")] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")] = None,
+    vae: Annotated[str | None, Option(help="Folder or hub id of another autoencoder.")] = None,
+    lora: Annotated[
+        list[str] | None, Option(metavar="LORA[@WEIGHT]", help="File, folder or hub id; several add up.")
+    ] = None,
+    quantize: Annotated[str | None, Option(help="4bit: smaller weights by bitsandbytes, on a GPU.")] = None,
+    offload: Annotated[
+        str | None, Option(help="model, sequential: weights in main memory until they are called, on a GPU.")
+    ] = None,
+    vae_slicing: Annotated[bool, Option("--vae-slicing", help="Decode image by image.")] = False,
+    vae_tiling: Annotated[bool, Option("--vae-tiling", help="Decode large images in tiles.")] = False,
+    attention: Annotated[str | None, Option(help="native, xformers, flash, ... [default: native]")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on in an existing folder.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing folder of ours.")] = False,
+    models: Annotated[
+        bool,
+        Option("--models", is_eager=True, callback=list_models, help="List the aliases and their settings, and exit."),
+    ] = False,
 ) -> None:
-    """Generate images from prompts."""
-    from t2i_align.pipelines.loading import find_pipeline
+    """Generate images from prompts; with --steer, steered by rewards."""
+    from t2i_align.pipelines.catalog import check_pipeline
     from t2i_align.prompts import read_prompts
 
-    find_pipeline(pipeline)
-    table = read_prompts(prompts)
+    download = check_pipeline(pipeline, revision)
+    table, loras = read_prompts(prompts), [read_lora(word) for word in lora or []]
 
     from t2i_align.jobs import GenerateJob, run_generate
 
     job = GenerateJob(
-        prompts=table.text, pipeline=pipeline, particles=particles, seed=seed, steps=steps, guidance=guidance
+        prompts=table.text,
+        pipeline=pipeline,
+        particles=particles,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        dtype=dtype,
+        variant=variant,
+        revision=revision,
+        vae=vae,
+        lora=tuple(loras),
+        quantize=quantize,
     )
-    rows = run_generate(job, out, batch_size=batch_size, device=device, resume=resume, overwrite=overwrite)
+    if download:
+        print(f"note: downloading {download} (several GB) to the cache of the hub", file=sys.stderr)
+    rows = run_generate(
+        job,
+        out,
+        batch_size=batch_size,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        offload=offload,
+        vae_slicing=vae_slicing,
+        vae_tiling=vae_tiling,
+        attention=attention,
+    )
     print(f"{len(rows)} images of {len(table)} prompts in {out}; open {out / 'contact_sheet.png'}")
+
+
+def read_lora(word: str) -> tuple[str, float]:
+    """`path@0.5` -> ("path", 0.5); without a weight 1."""
+    from t2i_align.errors import T2IError
+
+    source, at, weight = word.rpartition("@")
+    if not at:
+        return word, 1.0
+    try:
+        return source, float(weight)
+    except ValueError as error:
+        raise T2IError(f"Expected LORA or LORA@WEIGHT, such as style.safetensors@0.5, but got {word!r}.") from error

@@ -27,8 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (generate, score, rewards, doctor, demo):
+for verb in (generate, score, doctor, demo):
     app.command()(verb)
+app.add_typer(rewards, name="rewards")
 app.add_typer(playground, name="playground")
 
 

@@ -1,18 +1,23 @@
-"""`t2i-align rewards`: what can score an image here."""
+"""`t2i-align rewards`: what can score an image here, and calibrating it on a base model."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Context, Option, Typer
+
+rewards = Typer(help="List, describe and calibrate the scorers.", rich_markup_mode=None)
 
 
-def rewards(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
+@rewards.callback(invoke_without_command=True)
+def top(context: Context, as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
     """List the scorers.
 
     What they need, whether gradients pass, their licence, and whether their weights are here.
     """
+    if context.invoked_subcommand is not None:
+        return
     from t2i_align.rewards import SCORERS, scorer_class
 
     rows = [_row(scorer_class(name)) for name in SCORERS]
@@ -20,9 +25,107 @@ def rewards(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fal
         print(json.dumps(rows, indent=2))
         return
     from t2i_align.cli.tables import print_table
+    from t2i_align.rewards.build import FUNCTIONS
 
     shown = ("name", "needs", "differentiable", "unit", "license", "weights", "summary")
     print_table([{name: row[name] for name in shown} for row in rows])
+    print(f"Functions of scorers: {', '.join(FUNCTIONS)}. `t2i-align rewards show NAME` describes any of these.")
+
+
+@rewards.command()
+def show(
+    name: Annotated[str, Argument(help="A scorer, a function of scorers, or an expression such as 'lcb(a, b)'.")],
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe a scorer or a function of scorers."""
+    import inspect
+
+    from t2i_align.rewards import check_reward, load_reward, scorer_class
+    from t2i_align.rewards.build import FUNCTIONS, function_class
+    from t2i_align.rewards.expression import Part
+
+    if name in FUNCTIONS:
+        found: Any = function_class(name)
+        facts = {"name": name, "options": _options(found), "summary": inspect.getdoc(found) or ""}
+    elif not isinstance(node := check_reward(name), (str, Part)):
+        scorer = load_reward(name)
+        members = {"parts": ", ".join(scorer.part_names()), "groupwise": "yes" if scorer.groupwise else "no"}
+        facts = {**_row(scorer), **members, "weights": "present"}
+    else:
+        found = scorer_class(str(node))
+        low, high = found.range
+        about = inspect.getdoc(found) or ""
+        facts = {**_row(found), "range": f"{low:g} to {high:g}", "options": _options(found), "summary": about}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for label, value in facts.items():
+        first, *rest = str(value).splitlines() or [""]
+        print(f"{label.ljust(width)}  {first}".rstrip())
+        for line in rest:
+            print(f"{' ' * width}  {line}".rstrip())
+
+
+@rewards.command()
+def calibrate(
+    pipeline: Annotated[str, Argument(help="Alias or folder of the base model.")],
+    specs: Annotated[str, Option("--rewards", help="Scorers or expressions, separated by commas.")],
+    prompts: Annotated[str, Option(help="A prompt, or a .txt, .jsonl, .csv or .parquet file of prompts.")],
+    particles: Annotated[int, Option(min=2, help="Samples per prompt; 8 or more for a usable scale.")] = 16,
+    seed: Annotated[int, Option(help="Names the samples.")] = 0,
+    steps: Annotated[int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own]")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale. [default: the pipeline's own]")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images computed together.")] = 16,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a calibration with other settings.")] = False,
+) -> None:
+    """Score samples of a base model, for calibrated(...), log_sigmoid(...), par(...) and limits at `base`.
+
+    Kept under ~/.cache/t2i_align (or $T2I_ALIGN_CACHE), by content of pipeline and scorer, and by prompt; prompts that
+    are there already are not sampled again.
+    """
+    from t2i_align.errors import T2IError
+    from t2i_align.pipelines.loading import find_pipeline
+    from t2i_align.prompts import read_prompts
+    from t2i_align.rewards import check_reward, load_reward, split_rewards
+
+    names = split_rewards(specs)
+    if not names:
+        raise T2IError(f"Expected scorers separated by commas but got {specs!r}.")
+    for name in names:
+        check_reward(name)
+    find_pipeline(pipeline)
+    table = read_prompts(prompts)
+
+    from t2i_align.calibration import calibrate as run
+    from t2i_align.cli.tables import print_table
+    from t2i_align.devices import resolve_device
+
+    place = resolve_device(device)
+    scorers = [load_reward(name, place, base=pipeline) for name in names]
+    sampling: dict[str, Any] = {"particles": particles, "seed": seed, "steps": steps, "guidance": guidance}
+    references = run(pipeline, scorers, table, batch_size=batch_size, device=place, overwrite=overwrite, **sampling)
+    print_table(
+        [
+            {
+                "scorer": scorer.name,
+                "prompts": len(reference.row),
+                "mean": float(reference.means.mean()),
+                "sd within a prompt": reference.global_sd,
+                "sd between prompts": float(reference.means.std(correction=0)),
+            }
+            for scorer, reference in zip(scorers, references, strict=True)
+        ]
+    )
+
+
+def _options(found: type) -> str:
+    import inspect
+
+    parameters = inspect.signature(found).parameters.values()
+    own = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "args"]  # of nn.Module: (*args, **kwargs)
+    return ", ".join(str(p.replace(annotation=p.empty)) for p in own) or "none"
 
 
 def _row(scorer: Any) -> dict[str, Any]:

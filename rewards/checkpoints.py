@@ -1,0 +1,160 @@
+"""Opening CLIP checkpoints of open_clip and transformers as towers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i_align.rewards.expression import RewardError
+from t2i_align.rewards.tower import TOWERS, Preprocessing, Tower, TowerSpec
+
+SCHEMES = ("local-dir:", "hf-hub:")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors write them
+
+
+def missing_weights(repo: str) -> str | None:
+    """How to get a transformers checkpoint that is neither a folder nor in the hub's cache, or None if it is there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(repo).is_dir():
+        return None
+    try:
+        if any(isinstance(try_to_load_from_cache(repo, file), str) for file in WEIGHT_FILES):
+            return None
+    except HFValidationError:
+        return f"{repo} is neither a folder nor a hub id."
+    return f"its weights are not on this machine; download them with `hf download {repo}`."
+
+
+def load_tower(spec: TowerSpec) -> Tower:
+    """The tower of a spec, fp32 on the CPU: read from disk unless a scorer already uses it.
+
+    Raises:
+        RewardError: weights that are missing or cannot be read, or an activation that is not theirs.
+    """
+    cached = (spec, torch.device("cpu"), torch.float32)
+    tower = TOWERS.get(cached)
+    if tower is None:
+        tower = TOWERS[cached] = _open(spec)
+    return tower
+
+
+def _open(spec: TowerSpec) -> Tower:
+    is_open_clip = spec.name.startswith(SCHEMES) or bool(spec.weights)
+    if not is_open_clip and (missing := missing_weights(spec.name)):
+        raise RewardError(f"Cannot open the CLIP {spec.name!r}: {missing}")
+    try:
+        return _open_clip(spec) if is_open_clip else _transformers(spec)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RewardError(f"Cannot open the CLIP {spec.name!r}: {' '.join(str(error).split())}") from error
+
+
+def _open_clip(spec: TowerSpec) -> Tower:
+    import open_clip
+
+    quick = _needs_quick_gelu(spec)
+    network = open_clip.create_model(
+        spec.name, pretrained=spec.weights or None, force_quick_gelu=quick, require_pretrained=True
+    )
+    tokenise = open_clip.get_tokenizer(spec.name)
+    words = tokenise.encode if isinstance(tokenise, open_clip.SimpleTokenizer) else None
+
+    def length(text: str) -> int:
+        return len(tokenise.tokenizer(text).input_ids) if words is None else len(words(text)) + 2
+
+    how = network.visual.preprocess_cfg
+    size, fill = how["size"], how["fill_color"]
+    preprocessing = Preprocessing(
+        (size, size) if isinstance(size, int) else tuple(size),
+        tuple(how["mean"]),
+        tuple(how["std"]),
+        how["resize_mode"],
+        how["interpolation"],
+        (fill if isinstance(fill, int) else fill[0]) / 255,
+    )
+    return Tower(
+        spec, network, spec.preprocessing or preprocessing, _encode_image_open_clip, _encode_text_open_clip, tokenise,
+        length,
+    )  # fmt: skip
+
+
+def _needs_quick_gelu(spec: TowerSpec) -> bool:
+    """Whether weights of open_clip's table were trained with x * sigmoid(1.702 x), as OpenAI's were.
+
+    open_clip builds exact GELU for its plain model names and only warns; the features would be wrong.
+    """
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    trained = get_pretrained_cfg(spec.name, spec.weights)
+    if spec.name.startswith(SCHEMES) or not trained:  # the folder's config says it; of a file only the user knows
+        return False
+    built = (open_clip.get_model_config(spec.name) or {}).get("quick_gelu", False)
+    if built and not trained.get("quick_gelu", False):
+        raise RewardError(
+            f"The weights {spec.weights!r} were trained with GELU but {spec.name!r} is built with QuickGELU; use the "
+            "name without -quickgelu."
+        )
+    return trained.get("quick_gelu", False)
+
+
+def _encode_image_open_clip(network: Any, pixels: Tensor) -> Tensor:
+    return network.encode_image(pixels)
+
+
+def _encode_text_open_clip(network: Any, tokens: Tensor) -> Tensor:
+    return network.encode_text(tokens)
+
+
+def _transformers(spec: TowerSpec) -> Tower:
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    processor = spec.processor or spec.name
+    network = CLIPModel.from_pretrained(spec.name, local_files_only=True)
+    for part in (network.config.text_config, network.config.vision_config):
+        if spec.name.startswith("openai/") and part.hidden_act != "quick_gelu":
+            raise RewardError(f"The weights {spec.name!r} need quick_gelu but their config says {part.hidden_act!r}.")
+    tokeniser = AutoTokenizer.from_pretrained(processor, local_files_only=True)
+    context = network.config.text_config.max_position_embeddings
+
+    def tokenise(texts: list[str]) -> Tensor:
+        options = {"padding": "max_length", "max_length": context, "truncation": True, "return_tensors": "pt"}
+        return tokeniser(texts, **options).input_ids
+
+    def length(text: str) -> int:
+        return len(tokeniser(text).input_ids)
+
+    preprocessing = spec.preprocessing or _read_processor(CLIPImageProcessor.from_pretrained(processor))
+    return Tower(spec, network, preprocessing, _encode_image_transformers, _encode_text_transformers, tokenise, length)
+
+
+def _read_processor(processor: Any) -> Preprocessing:
+    crop, shortest = processor.crop_size, processor.size["shortest_edge"]
+    if not processor.do_center_crop or shortest != crop["height"] or shortest != crop["width"]:
+        raise RewardError(
+            f"Expected an image processor that resizes the shortest side and crops to the same size but got "
+            f"{processor.size} and {crop}; pass a `preprocessing`."
+        )
+    return Preprocessing(
+        (crop["height"], crop["width"]), tuple(processor.image_mean), tuple(processor.image_std), "shortest",
+        RESAMPLE[int(processor.resample)],
+    )  # fmt: skip
+
+
+def _encode_image_transformers(network: Any, pixels: Tensor) -> Tensor:
+    return _pooled(network.get_image_features(pixel_values=pixels))
+
+
+def _encode_text_transformers(network: Any, tokens: Tensor) -> Tensor:
+    # All positions are attended to: behind the causal mask, padding after the end does not reach the pooled token.
+    return _pooled(network.get_text_features(input_ids=tokens))
+
+
+def _pooled(output: Any) -> Tensor:
+    """The projected vector: transformers 5 returns an output object, 4 a tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output

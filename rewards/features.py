@@ -1,0 +1,119 @@
+"""Image features for scores of sets: a CLIP's, a vision transformer's by hub id or folder, Inception's, or yours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as V
+
+from t2i_align.config import nearest
+from t2i_align.data.images import to_tensors
+from t2i_align.rewards.checkpoints import load_tower, missing_weights
+from t2i_align.rewards.clip import TowerScorer
+from t2i_align.rewards.expression import RewardError
+from t2i_align.rewards.tower import TowerSpec
+
+Extract = Callable[[Tensor], Tensor]
+
+INCEPTION = "inception:"
+
+
+def load_features(spec: str | Extract) -> Extract:
+    """A feature extractor: images (B, 3, H, W) in [0, 1] -> (B, D).
+
+    Args:
+        spec: a callable, which is returned as it is; a scorer on a CLIP (`tiny_clip`, `clip`); the hub id or folder of
+            a transformers CLIP or vision transformer (`facebook/dinov2-base`: the last layer's class token); or
+            `inception:FILE`, pytorch-fid's weights, for FID as published.
+
+    Raises:
+        RewardError: unknown, or weights that cannot be opened.
+    """
+    if callable(spec):
+        return spec
+    from t2i_align.rewards import SCORERS, scorer_class
+
+    known = spec.lower().replace("-", "_")
+    if known in SCORERS:
+        found = scorer_class(known)
+        if not issubclass(found, TowerScorer):
+            raise RewardError(f"The scorer {spec!r} has no image features; use one on a CLIP, such as 'tiny_clip'.")
+        if missing := found.missing():
+            raise RewardError(f"The features {spec!r} cannot be used: {missing}")
+        return TowerFeatures(found())  # type: ignore[call-arg]
+    if spec.startswith(INCEPTION):
+        from t2i_align.rewards.inception import load_inception
+
+        return load_inception(spec.removeprefix(INCEPTION))
+    if missing := missing_weights(spec):
+        raise RewardError(f"Cannot open the features {spec!r}: {missing}{nearest(known, SCORERS)}")
+    return _open(spec)
+
+
+def _open(name: str) -> Extract:
+    from transformers import AutoConfig
+
+    try:
+        if AutoConfig.from_pretrained(name, local_files_only=True).model_type == "clip":
+            return load_tower(TowerSpec(name)).image_features
+        return Vision(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise RewardError(f"Cannot open the features {name!r}: {' '.join(str(error).split())}") from error
+
+
+class TowerFeatures(nn.Module):
+    """Unit image embeddings of a scorer's CLIP tower, which scorers on the same tower share."""
+
+    def __init__(self, scorer: TowerScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scorer.tower.image_features(images)
+
+
+class Vision(nn.Module):
+    """The class token of a transformers vision transformer (DINO, DINOv2, ViT), with its processor's recipe."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        how: Any = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+        self.network = AutoModel.from_pretrained(name, local_files_only=True).eval().requires_grad_(False)
+        size, crop = dict(how.size), dict(getattr(how, "crop_size", None) or {})
+        self.shortest = size.get("shortest_edge")
+        self.crop = [crop["height"], crop["width"]] if crop else [size["height"], size["width"]]
+        self.mode = V.InterpolationMode({0: "nearest", 2: "bilinear", 3: "bicubic"}[int(how.resample)])
+        self.register_buffer("mean", torch.tensor(how.image_mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(how.image_std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        target = [self.shortest] if self.shortest else self.crop
+        resized = V.resize(images, target, self.mode, antialias=True).clamp(0, 1)
+        pixels = (V.center_crop(resized, self.crop) - self.mean) / self.std
+        return self.network(pixel_values=pixels.to(self.network.dtype)).last_hidden_state[:, 0].float()
+
+
+@torch.no_grad()
+def extract_features(images: Any, extract: Extract, batch_size: int = 64) -> Tensor:
+    """Features (n, D) of images of any kind and size, or of all images of a folder."""
+    if isinstance(images, (str, Path)) and Path(images).is_dir():
+        from t2i_align.data.images import find_images
+
+        images = find_images(Path(images))
+    tensors = to_tensors(images)
+    if not len(tensors):
+        raise RewardError("Expected one or more images to take features of but got none.")
+    place = next((w.device for w in extract.parameters()), None) if isinstance(extract, nn.Module) else None
+    rows = [tensor if place is None else tensor.to(place) for tensor in tensors]
+    if len({row.shape for row in rows}) > 1:
+        return torch.cat([extract(row[None]) for row in rows])
+    return torch.cat([extract(torch.stack(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)])

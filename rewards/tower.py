@@ -1,0 +1,189 @@
+"""CLIP towers: image and text encoder with their preprocessing, shared by every scorer that names the same weights.
+
+A tower is frozen but not cut off: gradients reach the pixels. It encodes a batch of images once for all scorers of a
+composed reward, and a text once. `checkpoints.py` opens them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as V
+
+TEXTS = 4096  # texts whose features a tower remembers
+
+
+class Preprocessing(NamedTuple):
+    """How pictures of any size become the network's input.
+
+    `resize`: "shortest" side to `size`, then a centre crop; "longest" side to `size`, then centred on `fill`; "squash"
+    to `size` whatever the shape.
+    """
+
+    size: tuple[int, int]  # height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
+    fill: float = 0.0  # in [0, 1]
+    antialias: bool = True
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, *size), normalised, differentiable."""
+        images = self._fit(images)
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    def _fit(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if (height, width) == self.size:
+            return images
+        target = self._target(height, width)
+        if target != (height, width):
+            mode = V.InterpolationMode(self.interpolation)
+            images = V.resize(images, list(target), mode, antialias=self.antialias)
+            images = images.clamp(0, 1)  # bicubic overshoot, which an 8-bit picture cannot hold either
+        if self.resize == "longest":
+            top, left = ((goal - side) // 2 for goal, side in zip(self.size, target, strict=True))
+            bottom, right = self.size[0] - target[0] - top, self.size[1] - target[1] - left
+            return F.pad(images, (left, right, top, bottom), value=self.fill)
+        return V.center_crop(images, list(self.size))
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize, before crop or padding."""
+        if self.resize == "squash":
+            return self.size
+        scales = self.size[0] / height, self.size[1] / width
+        scale, whole = (max(scales), int) if self.resize == "shortest" else (min(scales), round)
+        sides = [max(1, whole(side * scale + 1e-6)) for side in (height, width)]
+        return sides[0], sides[1]
+
+
+class TowerSpec(NamedTuple):
+    """What a tower is opened from; equal specs share one module.
+
+    `name`: an open_clip model name, `local-dir:FOLDER`, `hf-hub:REPO`, or the folder or hub id of a transformers
+    `CLIPModel`. `weights`: open_clip's tag or checkpoint file for a model name. `processor`: folder or hub id of
+    tokenizer and image processor, where a transformers checkpoint has none. `preprocessing`: instead of its own.
+    """
+
+    name: str
+    weights: str = ""
+    processor: str = ""
+    preprocessing: Preprocessing | None = None
+
+
+class Tower(nn.Module):
+    """A frozen CLIP in eval mode. Make towers by `checkpoints.load_tower`.
+
+    Args:
+        spec: what it was opened from.
+        network: the CLIP.
+        preprocessing: of pictures.
+        encode_image: `(network, pixels) -> (B, D)`.
+        encode_text: `(network, token ids) -> (B, D)`.
+        tokenise: texts -> token ids (B, context), cut at the context.
+        length: tokens of one text before the cut, start and end included.
+    """
+
+    def __init__(
+        self,
+        spec: TowerSpec,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        encode_image: Callable[[nn.Module, Tensor], Tensor],
+        encode_text: Callable[[nn.Module, Tensor], Tensor],
+        tokenise: Callable[[list[str]], Tensor],
+        length: Callable[[str], int],
+    ) -> None:
+        super().__init__()
+        self.spec, self.network, self.preprocessing = spec, network, preprocessing
+        self.encode_image, self.encode_text, self.tokenise, self.length = encode_image, encode_text, tokenise, length
+        self.texts: dict[str, Tensor] = {}
+        self.seen: tuple[weakref.ref[Tensor], int, Tensor] | None = None  # last images, their version, their features
+        self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the weights."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def scale(self) -> float:
+        """exp(logit_scale) of the checkpoint, about 100."""
+        return math.exp(float(self.network.get_parameter("logit_scale")))
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D), fp32, of images (B, 3, H, W) in [0, 1].
+
+        The features of the last tensor are kept, so that scorers called in a row on the same images run the network
+        once: until the images change or go, or until a backward pass has used up the features' graph.
+        """
+        wanted = torch.is_grad_enabled() and images.requires_grad
+        if images.is_inference():  # such tensors do not count their changes
+            return self._encode_images(images)
+        if self.seen is not None:
+            last, version, features = self.seen
+            if last() is images and version == images._version and features.requires_grad == wanted:
+                return features
+        features = self._encode_images(images)
+        me = weakref.ref(self)
+        if features.requires_grad:
+            features.register_hook(lambda gradient: _forget(me))
+        self.seen = (weakref.ref(images, lambda _: _forget(me)), images._version, features)
+        return features
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        pixels = self.preprocessing(images.float()).to(self.dtype)
+        return F.normalize(self.encode_image(self.network, pixels).float(), dim=-1)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (B, D), fp32; each different text is encoded once, and remembered. Warns of texts it cuts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.texts]
+        if new:
+            with torch.inference_mode(False), torch.no_grad():
+                tokens = self.tokenise(new)
+                for text in new:
+                    if self.length(text) > tokens.shape[1]:
+                        warnings.warn(
+                            f"{self.spec.name} reads {tokens.shape[1]} tokens; the rest of {text!r:.80} is not seen.",
+                            stacklevel=2,
+                        )
+                features = self.encode_text(self.network, tokens.to(self.device))
+                self.texts |= dict(zip(new, F.normalize(features.float(), dim=-1), strict=True))
+        found = torch.stack([self.texts[text] for text in texts])
+        for text in list(self.texts)[:-TEXTS]:
+            del self.texts[text]
+        return found
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tower:
+        """This tower on another device or in another number type, shared like any; self stays as it is."""
+        key = (self.spec, device, dtype)
+        tower = TOWERS.get(key)
+        if tower is None:
+            network = copy.deepcopy(self.network).to(device, dtype)
+            functions = (self.encode_image, self.encode_text, self.tokenise, self.length)
+            tower = TOWERS[key] = Tower(self.spec, network, self.preprocessing, *functions)
+        return tower
+
+
+TOWERS: weakref.WeakValueDictionary[tuple[TowerSpec, torch.device, torch.dtype], Tower] = weakref.WeakValueDictionary()
+
+
+def _forget(tower: weakref.ref[Tower]) -> None:
+    alive = tower()
+    if alive is not None:
+        alive.seen = None
