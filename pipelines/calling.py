@@ -20,12 +20,18 @@ from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.driven import Idle, Schedule, Selection, drive, indexed_call, no_rows, on_device_of
 from t2i_align.pipelines.grid import prediction_type, scheduler_kind
 
+# Encode their control image with torch's global generator: no two calls see the same one.
+UNKEYED = {"StableDiffusion3ControlNetPipeline", "HunyuanDiTControlNetPipeline", "CogView4ControlPipeline"}
 # What must be known of single families; everything else goes through `__call__` as it is.
 ONE_TIMESTEP = {"AuraFlowPipeline", "ZImagePipeline"}  # their loops turn t into a number: batches are grouped by row
-PACKS_LATENTS = {"Flux2KleinPipeline", "Flux2Pipeline"}  # take other latents than their loops step
+PACKS_LATENTS = {
+    "Flux2KleinPipeline",
+    "Flux2KleinKVPipeline",
+    "Flux2Pipeline",
+}  # take other latents than their loops step
 SECOND_AXIS = {"HiDreamImagePipeline": 4}  # samples lie along the second axis of tensors with so many dimensions
-KEEPS_CHECKER = {"Cosmos2TextToImagePipeline"}  # refuses to run without its safety checker
 STEP_ALONE: dict[str, dict[str, Any]] = {"QwenImage21Pipeline": {"use_kv_cache": False}}  # no features of earlier steps
+TRAINS_ONLY = {"HiDreamImagePipeline"}  # cuts gradients of its experts unless the network is in training mode
 NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}  # cannot finish a loop of no steps
 
 
@@ -47,6 +53,11 @@ class Caller:
         needed += [f"a {name}= argument" for name in ("prompt", "latents") if name not in self.accepts]
         if needed:
             raise DriverError(f"Expected a pipeline with {', '.join(needed)} but {type(pipe).__name__} has none.")
+        if type(pipe).__name__ in UNKEYED:
+            raise DriverError(
+                f"Expected a pipeline whose calls can be repeated but {type(pipe).__name__} draws its control latents "
+                "from torch's global generator."
+            )
         scheduler_kind(pipe.scheduler)
         self.family = type(pipe).__name__
         self.pipe, self.any_cond, self.schedules = pipe, None, {}
@@ -106,11 +117,11 @@ class Caller:
             pipe.__class__ = on_device_of(made)
             own["_execution_device"] = own["device"] = next(self.network.parameters()).device
         for name in self.guiders:
-            own[name] = copy.deepcopy(getattr(self.pipe, name))
+            own[name] = getattr(self.pipe, name).new()
         own["progress_bar"] = _silent
         own["maybe_free_model_hooks"] = lambda: None
         for name in ("safety_checker", "watermark"):
-            if hasattr(pipe, name) and self.family not in KEEPS_CHECKER:
+            if hasattr(pipe, name):
                 own[name] = None
         return pipe
 
@@ -182,9 +193,16 @@ class Caller:
         raise NotImplementedError
 
     def _check_differentiable(self, x: Tensor) -> None:
-        if self.stays or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (self.stays and self.family not in TRAINS_ONLY):
             return
-        if x.requires_grad or any(p.requires_grad for p in self.network.parameters()):
+        if not x.requires_grad and not any(p.requires_grad for p in self.network.parameters()):
+            return
+        if not self.network.training and self.family in TRAINS_ONLY:
+            raise DriverError(
+                f"Expected the network of {self.family} in training mode for gradients, as it cuts those of its experts "
+                "otherwise: call driver.network.train(), or call under torch.no_grad()."
+            )
+        if not self.stays:
             raise DriverError(
                 f"Expected {self.family} to stay on its device in calls with gradients but it is offloaded: load it "
                 "without offload, or call under torch.no_grad()."

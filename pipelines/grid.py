@@ -112,6 +112,11 @@ def read_grid(scheduler: Any) -> Grid:
     t, sigmas = scheduler.timesteps.cpu(), scheduler.sigmas.double().cpu()
     keep = torch.cat([torch.tensor([True]), sigmas[1 : len(t)] != sigmas[: len(t) - 1]])
     t, levels = t[keep], torch.cat([sigmas[: len(t)][keep], sigmas[-1:]])
+    if kind == "flow" and levels[0] > 1 + 1e-6:
+        raise SchedulerError(
+            f"Expected flow-matching levels from 1 to 0 but {type(scheduler).__name__} starts at {float(levels[0]):g}: "
+            "its pipeline uses another parameterisation (Cosmos)."
+        )
     if kind == "flow" or scheduler.config.get("use_flow_sigmas", False):
         trained = torch.linspace(1, 0, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)
         return Grid(t, 1 - levels, levels, True, trained)
