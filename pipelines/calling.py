@@ -31,7 +31,8 @@ PACKS_LATENTS = {
 }  # take other latents than their loops step
 SECOND_AXIS = {"HiDreamImagePipeline": 4}  # samples lie along the second axis of tensors with so many dimensions
 STEP_ALONE: dict[str, dict[str, Any]] = {"QwenImage21Pipeline": {"use_kv_cache": False}}  # no features of earlier steps
-TRAINS_ONLY = {"HiDreamImagePipeline"}  # cuts gradients of its experts unless the network is in training mode
+# Modules that cut gradients unless they are in training mode.
+TRAINS_ONLY = {"HiDreamImagePipeline": "MOEFeedForwardSwiGLU"}
 NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}  # cannot finish a loop of no steps
 
 
@@ -197,10 +198,11 @@ class Caller:
             return
         if not x.requires_grad and not any(p.requires_grad for p in self.network.parameters()):
             return
-        if not self.network.training and self.family in TRAINS_ONLY:
+        cut = TRAINS_ONLY.get(self.family)
+        if any(type(module).__name__ == cut and not module.training for module in self.network.modules()):
             raise DriverError(
-                f"Expected the network of {self.family} in training mode for gradients, as it cuts those of its experts "
-                "otherwise: call driver.network.train(), or call under torch.no_grad()."
+                f"Expected the {cut} modules of {self.family} in training mode for gradients, which they cut otherwise: "
+                "call train() on each, or call under torch.no_grad()."
             )
         if not self.stays:
             raise DriverError(

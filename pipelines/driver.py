@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -335,6 +336,16 @@ class Driver(Encoder):
         told = self._tell(pipe, self._blank()[[0] * len(latents)]) | self._give(pipe, latents)
         return self._run(pipe, 1, {**told, **call, "output_type": "pt"})
 
+    @contextmanager
+    def _vae_as_it_was(self) -> Iterator[None]:
+        """Put the user's decoder back to fp16 where a run that failed left it in fp32."""
+        upcasts = self._upcasts()
+        try:
+            yield
+        finally:
+            if upcasts and self.pipe.vae.dtype != torch.float16:
+                self.pipe.vae.half()
+
     def _upcasts(self) -> bool:
         """Whether the pipeline decodes in fp32 although its decoder's weights are fp16 (SDXL)."""
         vae = getattr(self.pipe, "vae", None)
@@ -393,7 +404,8 @@ class Driver(Encoder):
             told = self._tell(pipe, cond[rows])
             draws = [generator(seed, "start", i) for i in ids[rows]]
             last = keep_last(pipe.scheduler)
-            images.append(self._run(pipe, steps, {**told, **call, "generator": draws}))
+            with self._vae_as_it_was():
+                images.append(self._run(pipe, steps, {**told, **call, "generator": draws}))
             latents.append(last[0])
         self._release()
         return torch.cat(images), torch.cat(latents)
