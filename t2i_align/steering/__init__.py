@@ -11,18 +11,46 @@ from t2i_align.config import load_config, nearest
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.steering.base import Cost, Ctx, Steered, Steering, SteeringError
+from t2i_align.steering.checks import check_gradient
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from t2i_align.rewards.base import Scorer
-
-__all__ = ["METHODS", "Cost", "Ctx", "Steered", "Steering", "SteeringError", "load_method", "steer"]
+__all__ = [
+    "METHODS",
+    "Cost",
+    "Ctx",
+    "Steered",
+    "Steering",
+    "SteeringError",
+    "check_gradient",
+    "load_method",
+    "method_name",
+    "steer",
+]
 
 METHODS = {
     "best_of_n": "t2i_align.steering.best_of_n:BestOfN",
     "fk": "t2i_align.steering.fk:FK",
+    "das": "t2i_align.steering.das:DAS",
+    "guidance": "t2i_align.steering.guidance:Guidance",
+    "svdd": "t2i_align.steering.svdd:SVDD",
+    "reno": "t2i_align.steering.reno:ReNO",
+    "dno": "t2i_align.steering.dno:DNO",
+    "noise_search": "t2i_align.steering.noise_search:NoiseSearch",
+    "chain": "t2i_align.steering.chain:Chain",
 }
+
+
+def method_class(name: str) -> type[Steering]:
+    """The class behind a name of `METHODS`. Raises SteeringError with the nearest name and the list."""
+    known = name.lower().replace("-", "_")
+    if known not in METHODS:
+        raise SteeringError(
+            f"Unknown steering method {name!r}.{nearest(known, METHODS)} Available: {', '.join(METHODS)}."
+        )
+    module, _, attribute = METHODS[known].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def load_method(method: str | Steering, **options: Any) -> Steering:
@@ -34,25 +62,16 @@ def load_method(method: str | Steering, **options: Any) -> Steering:
     """
     if isinstance(method, Steering):
         return method.model_copy(update=options)
-    known = method.lower().replace("-", "_")
-    if known not in METHODS:
-        raise SteeringError(
-            f"Unknown steering method {method!r}.{nearest(known, METHODS)} Available: {', '.join(METHODS)}."
-        )
-    module, _, name = METHODS[known].partition(":")
-    return load_config(getattr(importlib.import_module(module), name), options)
+    return load_config(method_class(method), options)
 
 
-def check_gradient(method: Steering, reward: Scorer) -> None:
-    """Raises SteeringError where a method needs gradients that a reward has not."""
-    if method.needs_gradient and not reward.differentiable:
-        from t2i_align.rewards import SCORERS, scorer_class
-
-        able = [name for name in SCORERS if scorer_class(name).differentiable]
-        raise SteeringError(
-            f"Expected a differentiable reward for {type(method).__name__} but {reward.name} is none: use a method "
-            f"without gradients (best_of_n, fk, svdd, noise_search) or one of {', '.join(able)}."
-        )
+def method_name(method: Steering) -> str:
+    """The name of a method's class in `METHODS`. Raises SteeringError for one that is not there."""
+    known = {path: name for name, path in METHODS.items()}
+    path = f"{type(method).__module__}:{type(method).__name__}"
+    if path not in known:
+        raise SteeringError(f"Expected a method among {', '.join(METHODS)} but got a {type(method).__name__}.")
+    return known[path]
 
 
 def steer(
@@ -91,8 +110,9 @@ def steer(
     from t2i_align.pipelines import Driver, call_keywords, load_kernel, load_pipeline
 
     chosen = load_method(method, **options)
+    check_gradient(chosen, reward)
     judge = load_reward(reward)
-    check_gradient(chosen, judge)
+    check_gradient(chosen, judge)  # functions of scorers may have none of their own
     keywords = call_keywords(pipeline, steps, guidance) | (call or {})
     rows = keywords.pop("num_inference_steps", 20)
     driver = Driver(load_pipeline(pipeline), **keywords)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,9 +20,9 @@ from t2i_align.data.images import tensor_to_pil
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator, key
 from t2i_align.pipelines.cond import Cond
-from t2i_align.pipelines.driver import Driver
-from t2i_align.pipelines.kernels import Kernel, Step, ddim, flow_sde
-from t2i_align.prompts import Prompts
+from t2i_align.pipelines.driver import Driver, noise_of
+from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde
+from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards.base import Scorer, Scores
 
 
@@ -52,6 +52,9 @@ class Steered:
     `images` (P, K, 3, H, W) in [0, 1]; `latents` (P, K, ...); `scores` of the P K images, group-major; `log_weight`
     (P, K) nats, normalised in each group: the particles with these weights are the method's sample, -inf where a
     reward is not a number; `log_normaliser` (P,) nats, where the method estimates one; `history`: one row per step.
+
+    `start` (P, K, ...) and `streams` (P, K, rows), where the method knows them: the latents that each particle's line
+    began with and the names of the random streams that its rows drew from, which together make it again.
     """
 
     prompts: Prompts
@@ -62,6 +65,8 @@ class Steered:
     cost: Cost
     history: list[dict[str, Any]]
     log_normaliser: Tensor | None = None
+    start: Tensor | None = None
+    streams: Tensor | None = None
 
     @property
     def totals(self) -> Tensor:
@@ -87,12 +92,21 @@ class Steered:
         return [tensor_to_pil(images[int(i)]) for images, i in zip(self.images, index, strict=True)]
 
 
+class Line(NamedTuple):
+    """How a sample came about: its starting latents (...) and the stream that each row's noise was drawn from."""
+
+    start: Tensor
+    streams: tuple[int, ...]
+
+
 @dataclass
 class Ctx:
     """A run: driver, reward, settings that all methods share, and the meter that counts what is spent.
 
     `kernel`: of the reverse steps; `particles` of a prompt are its samples number 0, 1, ...; `on_step` receives a row
-    of the history as soon as it is known.
+    of the history as soon as it is known; `lines`: samples, by the name of their random stream, that begin like a
+    particle of an earlier run instead of by a draw of their own; `repeats`: how many equal prompts come before each
+    one, where the run's prompts are part of a larger table.
     """
 
     driver: Driver
@@ -104,6 +118,8 @@ class Ctx:
     decode_batch: int = 8
     decoder: Callable[[Tensor], Tensor] | None = None
     on_step: Callable[[dict[str, Any]], None] | None = None
+    lines: dict[int, Line] = field(default_factory=dict)
+    repeats: Sequence[int] | None = None
     cost: Cost = field(default_factory=Cost)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -125,12 +141,9 @@ class Ctx:
 
     def ids(self, prompts: Prompts, particles: int) -> list[int]:
         """Names of all particles' random streams: by prompt, its repeat in the table, and number."""
-        seen: dict[str, int] = {}
-        names = []
-        for prompt in prompts.text:
-            seen[prompt] = seen.get(prompt, -1) + 1
-            names += [key(prompt, seen[prompt], k) for k in range(particles)]
-        return names
+        repeats = occurrences(prompts) if self.repeats is None else self.repeats
+        named = zip(prompts.text, repeats, strict=True)
+        return [key(prompt, repeat, k) for prompt, repeat in named for k in range(particles)]
 
     def uniforms(self, prompts: Prompts, particles: int, row: int) -> Tensor:
         """(P, particles) draws in [0, 1) for the resampling at a row, one stream per prompt."""
@@ -143,18 +156,55 @@ class Ctx:
         return self.driver.encode(prompts)
 
     def start(self, cond: Cond, ids: Sequence[int]) -> Tensor:
-        """Starting latents (B, ...)."""
-        return self.driver.start(cond, self.steps, self.seed, ids)
+        """Starting latents (B, ...): draws, or those of `lines`."""
+        x = self.driver.start(cond, self.steps, self.seed, ids)
+        for i, name in enumerate(ids):
+            if name in self.lines:
+                x[i] = self.lines[name].start.to(x)
+        return x
+
+    def streams(self, ids: Sequence[int], row: int) -> list[int]:
+        """Names of the random streams that samples draw a row's noise from: their own, or those of `lines`."""
+        return [self.lines[name].streams[row] if name in self.lines else name for name in ids]
+
+    def all_streams(self, ids: Sequence[int]) -> Tensor:
+        """The streams of all rows, (B, rows)."""
+        return torch.tensor([self.streams(ids, row) for row in range(self.rows)]).T
+
+    def draw(self, q: Gaussian, row: int, ids: Sequence[int]) -> Tensor:
+        """The next latents (B, ...) of a row: a draw from `q` by the samples' streams."""
+        return self.driver.draw(q, row, self.steps, self.seed, self.streams(ids, row))
+
+    def noise(self, like: Tensor, ids: Sequence[int]) -> Tensor:
+        """The noise (B, rows, ...) of whole runs, as `driver.unroll` takes it, for latents like `like` (B, ...)."""
+        rows = range(self.rows)
+        return torch.stack([noise_of(like, self.seed, self.streams(ids, row), row) for row in rows], 1)
 
     @torch.no_grad()
     def sample(self, cond: Cond, ids: Sequence[int]) -> Tensor:
         """Final latents (B, ...) of plain sampling, by the kernel or, without one, the scheduler's own solver."""
-        self.cost.forwards += len(cond) * self.rows
-        if self.kernel is None:
+        if self.kernel is None and not self.lines:
+            self.cost.forwards += len(cond) * self.rows
             return self.driver.solve(cond, self.steps, self.seed, self.max_batch, ids)
-        return self.driver.rollout(cond, self.steps, self.kernel, self.seed, batch_size=self.max_batch, ids=ids).x[
-            :, -1
-        ]
+        return self.denoise(self.start(cond, ids), cond, ids, self.noisy)
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, cond: Cond, ids: Sequence[int], kernel: Kernel) -> Tensor:
+        """Final latents (B, ...) of starting ones, by a kernel and the samples' streams."""
+        for row in range(self.rows):
+            x = self.draw(self.step(x, row, cond, kernel).q, row, ids)
+        return x
+
+    def unroll(
+        self, x: Tensor, cond: Cond, kernel: Kernel, noise: Tensor | None = None, checkpointing: bool = False
+    ) -> Tensor:
+        """Final latents (B, ...) of a whole run with their graph, for one backward pass; both counted.
+
+        `noise`: (B, rows, ...) standard normal, for a stochastic kernel.
+        """
+        self.cost.forwards += len(x) * self.rows * (2 if checkpointing else 1)
+        self.cost.backwards += len(x) * self.rows
+        return self.driver.unroll(x, cond, self.steps, kernel, noise=noise, checkpointing=checkpointing)
 
     @property
     def rows(self) -> int:
@@ -182,7 +232,9 @@ class Ctx:
             latents = interpolate(latents.float(), scale_factor=scale, mode="bilinear", antialias=True)
         if preview and self.decoder is not None:
             return torch.cat([self.decoder(part) for part in latents.split(self.decode_batch)])
-        return self.driver.decode(latents, self.decode_batch)
+        # A pipeline without an image processor of its own does not clamp.
+        free = latents.requires_grad and "image_processor" in vars(self.driver.pipe)
+        return self.driver.decode(latents, self.decode_batch, straight_through=free)
 
     def score(self, images: Tensor, prompts: Prompts) -> Scores:
         """Scores of images; counted. An image with pixels that are no numbers scores nan."""
@@ -222,6 +274,8 @@ class Ctx:
         scores: Scores,
         log_weight: Tensor | None = None,
         log_normaliser: Tensor | None = None,
+        start: Tensor | None = None,
+        streams: Tensor | None = None,
     ) -> Steered:
         """What a method returns; uniform weights over particles whose reward is a number unless given.
 
@@ -244,6 +298,8 @@ class Ctx:
             cost=self.cost,
             history=self.history,
             log_normaliser=log_normaliser,
+            start=None if start is None else start.reshape(*shape, *start.shape[1:]).detach(),
+            streams=None if streams is None else streams.reshape(*shape, -1),
         )
 
     def refuse_nan(self, totals: Tensor, prompts: Prompts) -> None:
@@ -261,10 +317,14 @@ class Ctx:
 class Steering(Settings):
     """Base of steering methods: their settings as fields, their algorithm as `__call__`."""
 
-    needs_gradient: ClassVar[bool] = False  # of the reward with respect to the image
     summary: ClassVar[str] = ""
 
     particles: int = Field(4, gt=0, description="samples drawn per prompt")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether, with these settings, it needs the reward's gradient with respect to the image."""
+        return False
 
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Steer `particles` samples of every prompt."""

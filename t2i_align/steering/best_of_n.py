@@ -35,11 +35,13 @@ class BestOfN(Steering):
         with timed(ctx.cost):
             K = self.particles
             many, ids = prompts.repeat(K), ctx.ids(prompts, K)
-            x = ctx.sample(ctx.encode(prompts).repeat(K), ids)
+            cond = ctx.encode(prompts).repeat(K)
+            x = ctx.sample(cond, ids)
             images, scores = ctx.judge(x, many)
             totals = scores.total.reshape(-1, K)
             ctx.log(row=ctx.rows, rewards=totals.tolist())
-            return ctx.finish(prompts, K, x, images, scores, self.log_weight(totals))
+            lines = {"start": ctx.start(cond, ids), "streams": ctx.all_streams(ids)}
+            return ctx.finish(prompts, K, x, images, scores, self.log_weight(totals), **lines)
 
     def log_weight(self, totals: Tensor) -> Tensor:
         """Log-weights (P, K) of rewards (P, K): all on the best, or the tilt."""
@@ -55,11 +57,15 @@ class BestOfN(Steering):
 
 def expected_best(rewards: Tensor, n: int) -> Tensor:
     """Unbiased estimate of the best of `n` from M >= n samples: rewards (..., M) -> (...)."""
-    M = rewards.shape[-1]
+    share = best_shares(rewards.shape[-1], n)
+    return (rewards.double().sort(-1).values * share.to(rewards.device)).sum(-1)
+
+
+def best_shares(M: int, n: int) -> Tensor:
+    """Probability that the best of `n` of M samples is the i-th lowest of them: (M,), fp64."""
     if not 1 <= n <= M:
         raise ValueError(f"Expected n from 1 to the number of samples, {M}, but got {n}.")
-    share = torch.tensor([math.comb(i, n - 1) / math.comb(M, n) for i in range(M)], dtype=torch.float64)
-    return (rewards.double().sort(-1).values * share.to(rewards.device)).sum(-1)
+    return torch.tensor([math.comb(i, n - 1) / math.comb(M, n) for i in range(M)], dtype=torch.float64)
 
 
 def kl(n: int) -> float:

@@ -90,7 +90,8 @@ class FK(Steering):
         kernel, K = ctx.stochastic("fk"), self.particles
         many, ids = prompts.repeat(K), ctx.ids(prompts, K)
         cond = ctx.encode(prompts).repeat(K)
-        x = ctx.start(cond, ids)
+        x = start = ctx.start(cond, ids)
+        streams = ctx.all_streams(ids)
         scheduled = self.schedule(ctx.rows)
         state = State(self, len(prompts), len(scheduled))
         for row in range(ctx.rows):
@@ -102,13 +103,16 @@ class FK(Steering):
                 ess = state.weights.ess
                 ancestors = state.resample(ctx.uniforms(prompts, K, row))
                 ctx.log(row=row, ess=ess.tolist(), rewards=rewards.tolist(), ancestors=ancestors.tolist())
-                mean = mean[flat_index(ancestors).to(mean.device)]
-            x = ctx.driver.draw(step.q._replace(mean=mean), row, ctx.steps, ctx.seed, ids)
+                order = flat_index(ancestors)
+                mean, start = mean[order.to(mean.device)], start[order.to(mean.device)]
+                streams = torch.cat([streams[order, :row], streams[:, row:]], 1)  # noise to come is each slot's own
+            x = ctx.draw(step.q._replace(mean=mean), row, ids)
         images, scores = ctx.judge(x, many)
         state.finish(scores.total.reshape(-1, K))
         weights = state.weights
         ctx.log(row=ctx.rows, ess=weights.ess.tolist(), rewards=scores.total.reshape(-1, K).tolist())
-        return ctx.finish(prompts, K, x, images, scores, weights.normalised, weights.log_normaliser)
+        log_weight, log_normaliser = weights.normalised, weights.log_normaliser
+        return ctx.finish(prompts, K, x, images, scores, log_weight, log_normaliser, start, streams)
 
 
 class State:
@@ -118,9 +122,8 @@ class State:
         self.settings, self.weights = settings, Weights.uniform(groups, settings.particles)
         self.paid = torch.zeros_like(self.weights.log)
         self.memory: Tensor | None = None
-        self.along = settings.along
-        if self.along is None:
-            self.along = 1 / max(1, times) if settings.potential == "sum" else 1.0
+        usual = 1 / max(1, times) if settings.potential == "sum" else 1.0
+        self.along = usual if settings.along is None else settings.along
         known = 1.0 if settings.lam_units == "raw" else settings.spread
         lam = math.nan if known is None else settings.lam / known  # nan: not known yet
         self.lam = torch.full((groups, 1), lam, dtype=torch.float64)
