@@ -201,8 +201,8 @@ class Caller:
         cut = TRAINS_ONLY.get(self.family)
         if any(type(module).__name__ == cut and not module.training for module in self.network.modules()):
             raise DriverError(
-                f"Expected the {cut} modules of {self.family} in training mode for gradients, which they cut otherwise: "
-                "call train() on each, or call under torch.no_grad()."
+                f"Expected the {cut} modules of {self.family} in training mode for gradients, which they cut "
+                "otherwise: call train() on each, or call under torch.no_grad()."
             )
         if not self.stays:
             raise DriverError(

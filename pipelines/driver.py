@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -330,11 +331,19 @@ class Driver(Encoder):
             self.exact_vae = self.exact_vae or copy.deepcopy(self.pipe.vae).float()
             pipe.__dict__["vae"], latents = self.exact_vae, latents.float()
         if straight_through:
-            processor = copy.copy(pipe.image_processor)
-            processor.denormalize = _denormalize_straight_through
-            pipe.__dict__["image_processor"] = processor
+            self._do_not_clamp(pipe)
         told = self._tell(pipe, self._blank()[[0] * len(latents)]) | self._give(pipe, latents)
         return self._run(pipe, 1, {**told, **call, "output_type": "pt"})
+
+    def _do_not_clamp(self, pipe: DiffusionPipeline) -> None:
+        """Let gradients through the copy's last clamp. Raises DriverError where it has no processor to tell."""
+        found = [name for name in ("image_processor", "video_processor") if name in vars(self.pipe)]
+        if not found:
+            raise DriverError(f"{self.family} has no image processor, so straight_through cannot act: leave it out.")
+        for name in found:
+            processor = copy.copy(getattr(self.pipe, name))
+            processor.denormalize = _denormalize_straight_through
+            pipe.__dict__[name] = processor
 
     @contextmanager
     def _vae_as_it_was(self) -> Iterator[None]:
