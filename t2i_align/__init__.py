@@ -16,9 +16,12 @@ _LAZY = {
     "Scorer": "t2i_align.rewards",
     "Scores": "t2i_align.rewards",
     "T2IError": "t2i_align.errors",
+    "evaluate": "t2i_align.evaluation",
     "generate": "t2i_align.generation",
     "load_pipeline": "t2i_align.pipelines",
     "load_reward": "t2i_align.rewards",
+    "steer": "t2i_align.steering",
+    "train": "t2i_align.training.run",
 }
 __all__ = [
     "Prompts",
@@ -26,17 +29,23 @@ __all__ = [
     "Scores",
     "T2IError",
     "__version__",
+    "evaluate",
     "generate",
     "load_pipeline",
     "load_reward",
+    "steer",
+    "train",
 ]
 
 if TYPE_CHECKING:
     from t2i_align.errors import T2IError
+    from t2i_align.evaluation import evaluate
     from t2i_align.generation import generate
     from t2i_align.pipelines import load_pipeline
     from t2i_align.prompts import Prompts
     from t2i_align.rewards import Scorer, Scores, load_reward
+    from t2i_align.steering import steer
+    from t2i_align.training.run import train
 
 for _link in ("rewards", "pipelines"):
     if not (Path(__file__).parent / _link / "__init__.py").is_file():

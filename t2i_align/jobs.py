@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+J = TypeVar("J", bound="GenerateJob")
 SHEET_ROWS = 50  # prompts on a contact sheet
 
 
@@ -51,7 +52,7 @@ class GenerateJob(Settings):
         """Keywords of the pipeline's `__call__`."""
         return call_keywords(self.pipeline, self.steps, self.guidance, height=self.height, width=self.width)
 
-    def resolved(self, device_type: str = "cpu") -> GenerateJob:
+    def resolved(self: J, device_type: str = "cpu") -> J:
         """The same with what suits the pipeline, on such a device, filled in."""
         call = self.call()
         guidance = next((call[keyword] for keyword in GUIDANCE if keyword in call), None)

@@ -144,6 +144,16 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     raise T2IError(f"Expected a file ending in {', '.join(TABLES)} but got {path}.")
 
 
+def occurrences(prompts: Prompts) -> list[int]:
+    """For each row, how many earlier rows have the same text."""
+    seen: dict[str, int] = {}
+    counts = []
+    for text in prompts.text:
+        counts.append(seen.get(text, 0))
+        seen[text] = counts[-1] + 1
+    return counts
+
+
 def find_column(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
     """The first of `names` that the rows have."""
     return next((name for name in names if any(name in row for row in rows)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
 
@@ -79,42 +79,66 @@ def generate(
     from t2i_align.pipelines.catalog import check_pipeline
     from t2i_align.prompts import read_prompts
 
+    check_steering(steer, rewards, settings or [], kernel, save_pairs)
     download = check_pipeline(pipeline, revision)
     table, loras = read_prompts(prompts), [read_lora(word) for word in lora or []]
-
-    from t2i_align.jobs import GenerateJob, run_generate
-
-    job = GenerateJob(
-        prompts=table.text,
-        pipeline=pipeline,
-        particles=particles,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        dtype=dtype,
-        variant=variant,
-        revision=revision,
-        vae=vae,
-        lora=tuple(loras),
-        quantize=quantize,
-    )
+    job: dict[str, Any] = {
+        "prompts": table.text,
+        "pipeline": pipeline,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "height": height,
+        "width": width,
+        "dtype": dtype,
+        "variant": variant,
+        "revision": revision,
+        "vae": vae,
+        "lora": tuple(loras),
+        "quantize": quantize,
+    }
+    run: dict[str, Any] = {
+        "device": device,
+        "resume": resume,
+        "overwrite": overwrite,
+        "offload": offload,
+        "vae_slicing": vae_slicing,
+        "vae_tiling": vae_tiling,
+        "attention": attention,
+    }
     if download:
         print(f"note: downloading {download} (several GB) to the cache of the hub", file=sys.stderr)
-    rows = run_generate(
-        job,
-        out,
-        batch_size=batch_size,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        offload=offload,
-        vae_slicing=vae_slicing,
-        vae_tiling=vae_tiling,
-        attention=attention,
+    if steer is None:
+        from t2i_align.jobs import GenerateJob, run_generate
+
+        rows = run_generate(GenerateJob(**job, particles=particles or 8), out, batch_size=batch_size, **run)
+        print(f"{len(rows)} images of {len(table)} prompts in {out}; open {out / 'contact_sheet.png'}")
+        return
+    from t2i_align.steering.job import SteerJob, read_method, run_steer
+
+    name, resolved = read_method(steer, settings or [], particles)
+    steered = SteerJob(**job, steer=name, settings=resolved, rewards=rewards or "", kernel=kernel)
+    rows = run_steer(steered, out, max_batch=batch_size, save_pairs=save_pairs, **run)
+    best = [row["reward"] for row in rows if row["is_best"]]
+    print(
+        f"{len(rows)} images of {len(table)} prompts in {out}, mean best reward {sum(best) / len(best):.4g}; open "
+        f"{out / 'contact_sheet.png'}"
     )
-    print(f"{len(rows)} images of {len(table)} prompts in {out}; open {out / 'contact_sheet.png'}")
+    if save_pairs is not None:
+        print(f"preference pairs in {save_pairs / 'pairs.jsonl'}")
+
+
+def check_steering(
+    steer: str | None, rewards: str | None, settings: list[str], kernel: str | None, save_pairs: Path | None
+) -> None:
+    """Refuse options of steering without it, and steering without a reward."""
+    from t2i_align.errors import T2IError
+
+    if steer is not None and not rewards:
+        raise T2IError('Expected --rewards with --steer, such as --rewards "2 * pickscore + image_reward".')
+    given = {"--rewards": rewards, "--kernel": kernel, "--save-pairs": save_pairs, " ".join(settings): settings}
+    if steer is None and (idle := [name for name, value in given.items() if value]):
+        raise T2IError(f"Expected --steer METHOD with {', '.join(idle)}; `--steer fk` is a good first choice.")
 
 
 def read_lora(word: str) -> tuple[str, float]:

@@ -8,12 +8,15 @@ from typing import Any, NoReturn
 
 import typer
 
+from t2i_align.cli.bench import bench
 from t2i_align.cli.demo import demo
 from t2i_align.cli.doctor import doctor
+from t2i_align.cli.evaluate import evaluate
 from t2i_align.cli.generate import generate
 from t2i_align.cli.playground import playground
 from t2i_align.cli.rewards import rewards
 from t2i_align.cli.score import score
+from t2i_align.cli.train import train
 from t2i_align.config import nearest
 from t2i_align.errors import T2IError
 
@@ -27,10 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (generate, score, doctor, demo):
+for verb in (generate, score, train, evaluate, doctor, demo):
     app.command()(verb)
 app.add_typer(rewards, name="rewards")
 app.add_typer(playground, name="playground")
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

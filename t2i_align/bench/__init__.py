@@ -1,0 +1,1 @@
+"""Benches: resumable cells, each one small `result.json`, and the pages made of them."""

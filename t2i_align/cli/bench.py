@@ -1,0 +1,64 @@
+"""`t2i-align bench`: what methods do at equal cost, in resumable cells."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Context, Option, Typer
+
+bench = Typer(help="Benches on the playground: resumable cells, tables, pages.", rich_markup_mode=None)
+
+
+@bench.callback(invoke_without_command=True)
+def top(context: Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@bench.command()
+def steering(
+    out: Annotated[Path, Option(help="Folder of the cells.")] = Path("benchmarks/results/steering"),
+    only: Annotated[str, Option(help="Regular expression: cells whose names it is found in.")] = "",
+    proxy: Annotated[str, Option(help="The learned reward.")] = "tiny_pick",
+    prompts: Annotated[int, Option(min=2, help="Held-out prompts.")] = 32,
+    seeds: Annotated[int, Option(min=1, help="Runs of each prompt.")] = 3,
+    docs: Annotated[Path | None, Option(help="Markdown file whose generated part is written.")] = None,
+    listing: Annotated[bool, Option("--list", help="List the cells and which are done, and exit.")] = False,
+) -> None:
+    """Steering methods at 8 and 16 times the cost of a plain sample, judged by gold and proxy."""
+    import json
+
+    from t2i_align.bench.steering import Bench, cells
+    from t2i_align.errors import T2IError
+    from t2i_align.pipelines.catalog import check_pipeline
+    from t2i_align.pipelines.models import PipelineError
+    from t2i_align.rewards import check_reward
+
+    check_reward(proxy)
+    wanted = [cell for cell in cells(proxy) if re.search(only, cell.name)]
+    if not wanted:
+        raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in cells(proxy))}.")
+    if listing:
+        for cell in wanted:
+            print(f"{'done' if (out / cell.name / 'result.json').is_file() else 'to do'}  {cell.name}")
+        return
+    work, results = Bench(out, proxy, prompts, seeds), []
+    for number, cell in enumerate(wanted, start=1):
+        try:
+            check_pipeline(cell.pipeline)
+        except PipelineError as error:
+            print(f"[{number}/{len(wanted)}] {cell.name} is skipped: {error}", file=sys.stderr, flush=True)
+            continue
+        print(f"[{number}/{len(wanted)}] {cell.name}", file=sys.stderr, flush=True)
+        results.append(work.run(cell))
+    if not results:
+        raise T2IError("None of the cells could be run.")
+    from t2i_align.bench.steering_report import write_pages
+
+    spreads = {name: work.base(name)["spreads"] for name in {result["pipeline"] for result in results}}
+    for line in write_pages(out, results, spreads, docs):
+        print(line)
+    print(json.dumps({"cells": len(results), "page": str(out / "steering.html")}))

@@ -1,0 +1,212 @@
+"""The job behind `t2i-align generate --steer`: prompts in windows, a table and pictures on disk, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from t2i_align.config import load_config
+from t2i_align.data.images import contact_sheet, open_image, tensor_to_pil
+from t2i_align.data.tables import write_table
+from t2i_align.devices import resolve_device
+from t2i_align.errors import T2IError
+from t2i_align.jobs import SHEET_ROWS, GenerateJob, call_notes, prompt_notes
+from t2i_align.pipelines import Driver, check_call, load_kernel
+from t2i_align.prompts import Prompts, occurrences
+from t2i_align.rewards import Scorer, check_reward, load_reward
+from t2i_align.runs import open_folder, read_jsonl, write_jsonl, write_text
+from t2i_align.scoring.views import write_pairs
+from t2i_align.steering import load_method, method_class
+from t2i_align.steering.base import Ctx, Steered, Steering
+from t2i_align.steering.checks import check_gradient
+from t2i_align.steering.live import LiveLines, slice_row
+from t2i_align.steering.plots import plot_history
+
+PAIRS = "pairs.jsonl"
+COSTS = ("forwards", "backwards", "decodes", "decode_backwards", "scored", "seconds")
+
+
+class SteerJob(GenerateJob):
+    """What decides the images of `t2i-align generate --steer`."""
+
+    steer: str = Field("fk", description="a steering method")
+    settings: dict[str, Any] = Field(default_factory=dict, description="its settings, all of them")
+    rewards: str = Field(description="what it maximises")
+    kernel: str | None = Field(None, description="of the reverse steps; null: the method's own")
+
+    def method(self) -> Steering:
+        """The method with its settings."""
+        return load_method(self.steer, **self.settings)
+
+
+def read_method(name: str, words: Sequence[str], particles: int | None = None) -> tuple[str, dict[str, Any]]:
+    """A method's name and all its settings from words `key=value`.
+
+    Raises:
+        T2IError: no such method or setting, or two numbers of particles.
+    """
+    kind = method_class(name)
+    given = [word.partition("=")[0] for word in words]
+    if particles is not None and "particles" in given:
+        raise T2IError("Expected --particles or particles= but got both.")
+    words = list(words) if particles is None else [f"particles={particles}", *words]
+    method = load_config(kind, None, words)
+    return name.lower().replace("-", "_"), method.model_dump(mode="json")
+
+
+def run_steer(
+    job: SteerJob,
+    out: Path,
+    *,
+    max_batch: int = 16,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    save_pairs: Path | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Write images, a history per prompt, `results.parquet` and contact sheets into `out`; return the result rows.
+
+    A prompt is finished when `prompts/ROW.json` is there; a resumed job makes the others.
+
+    Args:
+        job: what decides the images.
+        out: the folder.
+        max_batch: samples that go through the network together, of one prompt or of several.
+        device: where networks go.
+        resume: go on in an existing folder.
+        overwrite: replace an existing folder of ours.
+        save_pairs: folder for the best and the worst image of each prompt as preference pairs.
+        options: those of `load_pipeline` that do not decide the images.
+
+    Raises:
+        T2IError: a method, setting, reward, prompt or folder that cannot serve; before weights are loaded where that
+            can be known.
+    """
+    method = job.method()
+    check_reward(job.rewards)
+    check_gradient(method, job.rewards)
+    kernel = None if job.kernel is None else load_kernel(job.kernel)
+    if save_pairs is not None and (save_pairs / PAIRS).exists() and not (resume or overwrite):
+        raise T2IError(f"{save_pairs / PAIRS} already exists; pass --overwrite to replace it or choose another folder.")
+    place = resolve_device(device)
+    job = job.resolved(place.type).model_copy(update={"particles": method.particles})
+    for line in prompt_notes(job.pipeline, job.prompts):
+        print(f"note: {line}", file=sys.stderr)
+    reward = load_reward(job.rewards, place, base=job.pipeline)
+    check_gradient(method, reward)
+    _check_prompts(reward, job.prompts)
+    call = job.call()
+    pipe = job.open(device=place, **options)
+    check_call(pipe, call)
+    folder = open_folder(out, job, resume=resume, overwrite=overwrite)
+    for line in call_notes(job, pipe):
+        print(f"note: {line}", file=sys.stderr)
+    rows = call.pop("num_inference_steps", 20)
+    ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
+    _steer_windows(job, method, ctx, folder)
+    return _finish(job, folder, save_pairs)
+
+
+def _check_prompts(reward: Scorer, prompts: Sequence[str]) -> None:
+    for prompt in dict.fromkeys(prompts):
+        reason = reward.refuse(prompt)
+        if reason:
+            raise T2IError(f"The reward {reward.name!r} cannot score {prompt!r}: {reason}")
+
+
+def _steer_windows(job: SteerJob, method: Steering, ctx: Ctx, folder: Path) -> None:
+    """Steer the prompts that are not finished, as many together as fill a batch."""
+    for name in ("images", "history", "prompts"):
+        (folder / name).mkdir(exist_ok=True)
+    table = Prompts(job.prompts)
+    repeats = occurrences(table)
+    todo = [row for row in range(len(table)) if not _record(folder, row).is_file()]
+    size = max(1, ctx.max_batch // method.particles)
+    for first in range(0, len(todo), size):
+        window = todo[first : first + size]
+        with LiveLines(table[window].text, window[0], len(table), method.particles) as lines:
+            again = Ctx(ctx.driver, ctx.reward, ctx.steps, ctx.kernel, ctx.seed, ctx.max_batch)
+            again.repeats, again.on_step = [repeats[row] for row in window], lines
+            result = method(again, table[window])
+        for at, row in enumerate(window):
+            _save_prompt(job, folder, row, at, result)
+
+
+def _record(folder: Path, row: int) -> Path:
+    return folder / "prompts" / f"{row:05d}.json"
+
+
+def _save_prompt(job: SteerJob, folder: Path, row: int, at: int, result: Steered) -> None:
+    """Write all of one prompt; its record comes last and says that it is complete."""
+    prompts, particles = result.log_weight.shape
+    totals, best = result.totals[at], int(result.best[at])
+    cost = {name: value / prompts for name, value in asdict(result.cost).items()}
+    parts = {name: values.reshape(prompts, particles)[at] for name, values in result.scores.parts.items()}
+    rows = []
+    for k in range(particles):
+        name = f"images/{row:05d}-{k:03d}.png"
+        tensor_to_pil(result.images[at, k]).save(folder / name)
+        made: dict[str, Any] = {"prompt": job.prompts[row], "row": row, "particle": k, "image": name}
+        made |= {"reward": _number(totals[k])} | {part: _number(values[k]) for part, values in parts.items()}
+        made |= {"log_weight": float(result.log_weight[at, k]), "is_best": k == best, "seed": job.seed}
+        rows.append(made | {name: cost[name] for name in COSTS})
+    history = [slice_row(made, at, prompts) for made in result.history]
+    plot_history(history, folder / "history" / f"{row:05d}.png", job.prompts[row], job.rewards)
+    write_text(_record(folder, row), json.dumps({"rows": rows, "history": history}))
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _finish(job: SteerJob, folder: Path, save_pairs: Path | None) -> list[dict[str, Any]]:
+    """Everything about all prompts: the table, the sheets, the pairs."""
+    records = (json.loads(_record(folder, row).read_text(encoding="utf-8")) for row in range(len(job.prompts)))
+    groups = [record["rows"] for record in records]
+    rows = [row for group in groups for row in group]
+    write_table(rows, folder / "results.parquet")
+    most = max(len(group) for group in groups)
+    shown = [open_image(folder / row["image"]) for group in groups[:SHEET_ROWS] for row in _padded(group, most)]
+    zoom = max(1, 128 // shown[0].width)
+    contact_sheet(shown, most, labels=job.prompts, zoom=zoom).save(folder / "contact_sheet.png")
+    best = [row for row in rows if row["is_best"]][:SHEET_ROWS]
+    columns = min(8, len(best))
+    winners = contact_sheet([open_image(folder / row["image"]) for row in best], columns, zoom=zoom)
+    winners.save(folder / "best.png")
+    if save_pairs is not None:
+        write_pair_folder(rows, job.rewards, folder, save_pairs)
+    return rows
+
+
+def _padded(group: list[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
+    """A row of a sheet: a prompt's particles, the last one again where others have more."""
+    yield from group
+    yield from [group[-1]] * (most - len(group))
+
+
+def write_pair_folder(rows: list[dict[str, Any]], reward: str, folder: Path, target: Path) -> int:
+    """Copy the best and the worst image of each prompt of a results table to `target`, with a `pairs.jsonl`.
+
+    The table is that of `t2i-align score --pairs`: `prompt`, `image_0`, `image_1`, `label_0`, `label_1`, the scores and
+    their `gap`. Prompts whose images all score the same give no pair. Returns the number of pairs.
+    """
+    (target / "images").mkdir(parents=True, exist_ok=True)
+    scored = [{"prompt": row["prompt"], "image": row["image"], reward: row["reward"]} for row in rows]
+    count = write_pairs(scored, target / PAIRS, reward, folder / "results.parquet")
+    pairs = read_jsonl(target / PAIRS)
+    for pair in pairs:
+        for side in ("image_0", "image_1"):
+            source = (target / pair[side]).resolve()
+            shutil.copyfile(source, target / "images" / source.name)
+            pair[side] = f"images/{source.name}"
+    write_jsonl(target / PAIRS, pairs)
+    return count

@@ -1,0 +1,166 @@
+"""`generate --steer` as a user types it: tables, pictures, pairs, resume after a kill, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+PROMPTS = ["a red circle", "two green stars", "a blue square", "a red circle"]
+TINY = ["--pipeline", "tiny-sd", "--steps", "4", "--rewards", "verifier"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def steer(cli, prompts, out, *more, method=("fk", "particles=3")):
+    return cli("generate", prompts, "--out", out, *TINY, "--steer", *method, *more)
+
+
+def table(out):
+    return pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
+
+
+def test_a_steered_folder(cli, prompts, tmp_path):
+    out, pairs = tmp_path / "out", tmp_path / "pairs"
+    reward = ("--rewards", "2 * verifier + jpeg_compressibility")
+    code, said, err = steer(
+        cli, prompts, out, *reward, "--max-batch", 6, "--save-pairs", pairs, "--kernel", "ddim(1.0)"
+    )
+    assert code == 0, err
+    assert "12 images of 4 prompts" in said
+    assert "[4/4] a red circle: step 5, ESS" in err
+    assert "best reward so far" in err
+    rows = table(out)
+    assert [(row["prompt"], row["particle"]) for row in rows] == [(text, k) for text in PROMPTS for k in range(3)]
+    for row in rows:
+        assert row["reward"] == pytest.approx(2 * row["verifier"] + row["jpeg_compressibility"], rel=1e-5)
+        assert Image.open(out / row["image"]).size == (64, 64)
+        assert (row["seed"], row["forwards"]) == (0, 3 * 4)
+        assert row["seconds"] > 0
+    for start in range(0, 12, 3):
+        group = rows[start : start + 3]
+        assert sum(row["is_best"] for row in group) == 1
+        assert max(group, key=lambda row: row["reward"])["reward"] == next(r["reward"] for r in group if r["is_best"])
+    for name in ("contact_sheet.png", "best.png", "history/00000.png", "history/00003.png"):
+        assert Image.open(out / name).width > 100
+    first, again = ((out / f"images/0000{row}-000.png").read_bytes() for row in (0, 3))
+    assert first != again  # the same prompt in another window has particles of its own
+    made = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().splitlines()]
+    assert {pair["prompt"] for pair in made} <= set(PROMPTS)
+    for pair in made:
+        assert pair["label_0"] + pair["label_1"] == 1
+        assert pair["gap"] > 0
+        assert (pair["score_0"] > pair["score_1"]) == bool(pair["label_0"])
+        assert pair["reward"] == "2 * verifier + jpeg_compressibility"
+        for side in ("image_0", "image_1"):
+            assert Image.open(pairs / pair[side]).size == (64, 64)
+    assert made
+    code, _, err = cli("score", out / "results.parquet", "--rewards", "verifier", "--out", tmp_path / "s.jsonl")
+    assert code == 0, err
+
+
+def test_results_do_not_depend_on_the_window(cli, prompts, tmp_path):
+    for name, size in (("one", 3), ("all", 64)):
+        assert steer(cli, prompts, tmp_path / name, "--max-batch", size)[0] == 0
+    one, both = table(tmp_path / "one"), table(tmp_path / "all")
+    for mine, theirs in zip(one, both, strict=True):
+        assert mine["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
+        assert mine["log_weight"] == pytest.approx(theirs["log_weight"], abs=1e-3)
+        assert mine["forwards"] == theirs["forwards"]
+
+
+def test_a_killed_job_goes_on_where_it_was(cli, prompts, tmp_path):
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    words = [
+        str(w) for w in ("generate", prompts, "--out", out, *TINY, "--max-batch", 2, "--steer", "fk", "particles=2")
+    ]
+    words[words.index("--steps") + 1] = "12"
+    process = subprocess.Popen([sys.executable, "-m", "t2i_align", *words], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while not (out / "prompts/00000.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = sorted((out / "prompts").glob("*.json"))
+    assert 1 <= len(finished) < 4
+    assert not (out / "results.parquet").exists()
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    assert cli(*words, "--resume")[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == before
+    words[words.index(str(out))] = str(whole)
+    assert cli(*words)[0] == 0
+    for mine, theirs in zip(table(out), table(whole), strict=True):
+        assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+        assert (out / mine["image"]).read_bytes() == (whole / theirs["image"]).read_bytes()
+    code, _, err = cli(*words, "--resume", "particles=3")
+    assert code == 2
+    assert "particles" in err
+
+
+@pytest.mark.parametrize("method", [("best_of_n", "lam=2.0"), ("svdd", "candidates=2"), ("noise_search", "rounds=1")])
+def test_other_methods_make_the_same_folder(cli, tmp_path, method):
+    out = tmp_path / "out"
+    words = ("generate", "a red circle", "--out", out, *TINY, "--particles", 2, "--steer", *method)
+    code, _, err = cli(*words)
+    assert code == 0, err
+    assert len(table(out)) == 2
+    assert Image.open(out / "history/00000.png").width > 100
+
+
+def test_a_chain_on_the_command_line(cli, tmp_path):
+    stages = "stages=[{method: fk, particles: 3}, {method: noise_search, rounds: 1}]"
+    code, _, err = cli("generate", "a red circle", "--out", tmp_path / "out", *TINY, "--steer", "chain", stages)
+    assert code == 0, err
+    assert [row["particle"] for row in table(tmp_path / "out")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steer", "fk"], "Expected --rewards with --steer"),
+        (["--rewards", "verifier"], "Expected --steer METHOD with --rewards"),
+        (["particles=3"], "Expected --steer METHOD with particles=3"),
+        (["--steer", "fkk", "--rewards", "verifier"], "Did you mean 'fk'"),
+        (["--steer", "fk", "--rewards", "verifier", "particle=3"], "unknown key 'particle'"),
+        (["--steer", "fk", "--rewards", "verifier", "particles=3", "--particles", "3"], "but got both"),
+        (["--steer", "fk", "--rewards", "verifer"], "Did you mean 'verifier'"),
+        (["--steer", "fk", "--rewards", "verifier", "--kernel", "dim"], "Expected a kernel"),
+        (["--steer", "das", "--rewards", "verifier"], "differentiable reward for DAS but verifier is none"),
+        (["--steer", "reno", "--rewards", "2 * verifier + tiny_clip"], "or one of clip, tiny_clip"),
+        (["--steer", "chain", "--rewards", "verifier", "stages=[fk, reno]"], "but verifier is none"),
+    ],
+)
+def test_bad_steering_is_refused_before_anything_is_loaded(cli, words, said, tmp_path, monkeypatch):
+    from t2i_align.pipelines import loading
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "load_pipeline", None)
+    code, out, err = cli("generate", "a red circle", "--out", "x", *words)
+    assert code == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_the_reward_cannot_read_is_refused(cli, tmp_path):
+    code, _, err = cli("generate", "a red dog", "--out", tmp_path / "out", *TINY, "--steer", "fk")
+    assert code == 2
+    assert "cannot score 'a red dog'" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_steer_is_a_lazy_name_of_the_package():
+    code = "import t2i_align, sys; assert 'torch' not in sys.modules; print(t2i_align.steer.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "t2i_align.steering"
