@@ -19,6 +19,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the families live in the tests
 
+from t2i_align.policy.artefacts import is_portable
+from t2i_align.policy.component import trainable_network
 from tests.families import FAMILIES
 from tests.families.exports import standing, text_to_image
 from tests.families.promises import PROMISES, NotApplicable
@@ -93,6 +95,17 @@ def exports(tested):
     return lines
 
 
+def without_stock_lora(pipes):
+    """The sentence that lists classes whose LoRA stock pipelines cannot open."""
+    names = sorted({type(pipe).__name__.removesuffix("Pipeline") for pipe in pipes if not stock_opens_lora(pipe)})
+    return f"Without `load_lora_weights`, so that `Policy.save` writes peft's files: {', '.join(names) or 'none'}."
+
+
+def stock_opens_lora(pipe):
+    component, network = trainable_network(pipe, None, False)
+    return is_portable(pipe, component, network)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", choices=[*FAMILIES, []], metavar="FAMILY")
@@ -102,12 +115,14 @@ def main():
     diffusers.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity(logging.CRITICAL)
     torch.set_num_threads(1)
-    started, results, classes = time.perf_counter(), {}, {}
+    started, results, classes, pipes = time.perf_counter(), {}, {}, []
     for family in options.families or FAMILIES:
         subject = Subject(family)
+        pipes.append(subject.pipe)
         classes[family], results[family] = type(subject.pipe).__name__, measure(subject)
         print(family, {name: cell for name, (cell, _) in results[family].items()}, flush=True)
-    text = "\n".join([*table(results, classes), "", *exports(set(classes.values()))])
+    listed = [without_stock_lora(pipes), "", *exports(set(classes.values()))]
+    text = "\n".join([*table(results, classes), "", *listed])
     if options.write:
         page = options.write.read_text()
         before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
