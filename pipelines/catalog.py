@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 WEIGHTS = Path(t2i_align.__file__).parent / "playground" / "weights"
-ALIASES = {"tiny-sd": WEIGHTS / "tiny-sd"}  # what is shipped; published models are in models.py
+ALIASES = {name: WEIGHTS / name for name in ("tiny-sd", "tiny-turbo")}  # shipped; published models are in models.py
 
 
 def place_of(name: str | Path) -> Path | str:

@@ -12,7 +12,10 @@ from t2i_align.rewards.expression import RewardError
 from t2i_align.rewards.tower import TOWERS, Preprocessing, Tower, TowerSpec
 
 SCHEMES = ("local-dir:", "hf-hub:")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WEIGHT_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors write them
 
 

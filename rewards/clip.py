@@ -71,7 +71,8 @@ class CLIP(TowerScorer):
 
     name = "clip"
     needs_prompt = True
-    license: ClassVar[str] = "MIT (code and weights; the model card puts deployment out of scope)"
+    unit: ClassVar[str] = "cosine"
+    license: ClassVar[str] = "MIT"  # the model card puts deployment out of scope
     source: ClassVar[str] = PUBLISHED
     summary: ClassVar[str] = "cosine of picture and prompt by CLIP ViT-L/14"
     tolerance: ClassVar[float] = 1e-2  # a float image is resized without rounding to 8 bits

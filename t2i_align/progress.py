@@ -17,15 +17,16 @@ class Progress:
         total: how many units make the whole.
         label: what is being done.
         start: units done before (a resumed run).
+        shown: False for a process whose progress another one shows.
     """
 
-    def __init__(self, total: int, label: str, start: int = 0) -> None:
-        self.total, self.label, self.start = total, label, start
+    def __init__(self, total: int, label: str, start: int = 0, shown: bool = True) -> None:
+        self.total, self.label, self.start, self.shown = total, label, start, shown
         self.done, self.began, self.spoke = start, time.monotonic(), 0.0
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
@@ -48,7 +49,7 @@ class Progress:
         text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self.bar is not None:
             self.bar.update(self.task, completed=done, numbers=text)
-        elif time.monotonic() - self.spoke > LINE_EVERY or done >= self.total:
+        elif self.shown and (time.monotonic() - self.spoke > LINE_EVERY or done >= self.total):
             self.spoke = time.monotonic()
             rate = (done - self.start) / max(1e-9, self.spoke - self.began)
             left = (self.total - done) / rate if rate else 0.0

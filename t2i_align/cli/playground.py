@@ -26,6 +26,12 @@ class Split(str, Enum):
 class Part(str, Enum):
     vae = "vae"
     sd = "sd"
+    clip = "clip"
+    pick = "pick"
+    turbo = "turbo"
+
+
+MEASURED = {Part.sd: 500, Part.clip: 120, Part.pick: 120, Part.turbo: 500}  # prompts
 
 
 @playground.command()
@@ -47,38 +53,56 @@ def sample(
 
 @playground.command()
 def train(
-    part: Annotated[Part, Argument(help="vae: the autoencoder; sd: text encoder and UNet.")],
+    part: Annotated[
+        Part,
+        Argument(
+            help="vae: the autoencoder; sd: text encoder and UNet; clip: tiny_clip; pick: tiny_pick, on tiny-sd's "
+            "pictures; turbo: tiny-turbo, from tiny-sd."
+        ),
+    ],
     out: Annotated[Path, Option(help="Run folder.")],
     overrides: Annotated[
         list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Recipe overrides, e.g. train.steps=500.")
     ] = None,
     config: Annotated[Path | None, Option(help="YAML file with changes to the recipe.")] = None,
     vae: Annotated[
-        Path | None, Option(help="For sd: folder of a trained autoencoder. [default: the shipped one]")
+        Path | None, Option(help="For sd and clip: folder of a trained autoencoder. [default: the shipped one]")
+    ] = None,
+    clip: Annotated[
+        Path | None, Option(help="For pick: folder of a trained tiny_clip. [default: the shipped one]")
     ] = None,
     minutes: Annotated[
         float | None, Option(min=0, help="Stop after this much training time; --resume goes on.")
     ] = None,
     measure: Annotated[
-        int, Option(min=0, help="For sd: prompts per split to measure the result on; 0 for none.")
-    ] = 500,
+        int | None,
+        Option(
+            min=0,
+            help="Prompts to measure the result on (sd, turbo: per split; clip, pick: held-out ones); 0 for none. "
+            "[default: 500; clip, pick: 120]",
+        ),
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing run.")] = False,
 ) -> None:
-    """Train a part of tiny-sd from scratch, by its fixed-seed recipe."""
+    """Train a part of the playground from scratch, by its fixed-seed recipe."""
     from t2i_align.pipelines.loading import find_pipeline
-
-    if part is Part.sd and vae is None:
-        vae = find_pipeline("tiny-sd") / "vae"
     from t2i_align.playground import training
+    from t2i_align.rewards.tiny import CLIP_FOLDER
 
+    job = training.Job(out, config, overrides or [], minutes, resume, overwrite)
+    prompts = MEASURED.get(part, 0) if measure is None else measure
     if part is Part.vae:
-        training.run_vae(out, config, overrides or [], minutes=minutes, resume=resume, overwrite=overwrite)
-        print(f"autoencoder in {out / 'vae'}")
+        training.run_vae(job)
+    elif part is Part.sd:
+        training.run_sd(job, vae or find_pipeline("tiny-sd") / "vae", prompts)
+    elif part is Part.clip:
+        training.run_clip(job, vae or find_pipeline("tiny-sd") / "vae", prompts)
+    elif part is Part.pick:
+        training.run_pick(job, clip or CLIP_FOLDER, prompts)
     else:
-        assert vae is not None
-        training.run_sd(out, config, overrides or [], vae, measure, minutes=minutes, resume=resume, overwrite=overwrite)
-        print(f"pipeline in {out / 'tiny-sd'}")
+        training.run_turbo(job, prompts)
+    print(f"the trained weights are in {out / ('vae' if part is Part.vae else f'tiny-{part.value}')}")
 
 
 @playground.command()

@@ -22,7 +22,7 @@ from t2i_align.config import Settings, TrainConfig
 from t2i_align.playground.data import ScenePool, pick_rows
 from t2i_align.playground.tokenizer import CONTEXT, build_tokenizer
 from t2i_align.playground.vae import encode
-from t2i_align.train import Ctx, Method, State, Term, fit
+from t2i_align.training import Ctx, Method, State, Term, fit
 
 
 class DiffusionRecipe(Settings):

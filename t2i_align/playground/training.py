@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,28 +15,56 @@ from diffusers import AutoencoderKL
 from t2i_align.config import Settings, load_config
 from t2i_align.errors import T2IError
 from t2i_align.pipelines import load_pipeline
+from t2i_align.pipelines.loading import find_pipeline
+from t2i_align.playground.clip import WEIGHTS, CLIPRecipe, train_clip
 from t2i_align.playground.diffusion import DiffusionRecipe, train_diffusion
-from t2i_align.playground.measure import measure_pipeline, measure_verifier, round_trip
+from t2i_align.playground.judged import Judged, Style, distinct_prompts, judge_samples
+from t2i_align.playground.measure import MEASURING_SEED, measure_pipeline, measure_verifier, round_trip
+from t2i_align.playground.pick import STYLES, PickRecipe, train_pick
+from t2i_align.playground.proxies import measure_captions, measure_proxy, mistakes
+from t2i_align.playground.turbo import TurboRecipe, train_turbo
 from t2i_align.playground.vae import VAERecipe, train_vae
+from t2i_align.rewards.base import Scorer
+from t2i_align.rewards.tiny import TinyCLIP, TinyPick
 from t2i_align.runs import environment, open_folder, read_jsonl, write_text
-from t2i_align.train import State
+from t2i_align.training import State
+
+T = TypeVar("T", bound=Settings)
 
 DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 1.5}  # of tiny-sd, written into its card
+TURBO_DEFAULTS: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+UNET = "diffusion_pytorch_model.safetensors"
+PICTURES = 8  # of a prompt, on which proxies are measured
 
 
-def run_vae(
-    out: Path,
-    config: Path | None,
-    overrides: list[str],
-    *,
-    minutes: float | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> None:
+class Job(NamedTuple):
+    """What every training is told: run folder, changes to the recipe, when to stop, what to do with an older run."""
+
+    out: Path
+    config: Path | None = None
+    overrides: Sequence[str] = ()
+    minutes: float | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    def recipe(self, kind: type[T], **digests: str) -> T:
+        """The recipe with its changes, and with the digests of what it starts from."""
+        return load_config(kind, self.config, self.overrides).model_copy(update=digests)
+
+    def open(self, recipe: Settings) -> Path:
+        """The run folder."""
+        return open_folder(self.out, recipe, resume=self.resume, overwrite=self.overwrite)
+
+    def options(self) -> dict[str, Any]:
+        """What `fit` needs to know."""
+        return {"minutes": self.minutes, "resume": self.resume}
+
+
+def run_vae(job: Job) -> None:
     """Train the autoencoder into `out/vae`, with `out/vae/card.json`."""
-    recipe = load_config(VAERecipe, config, overrides)
-    folder = open_folder(out, recipe, resume=resume, overwrite=overwrite)
-    state = train_vae(recipe, folder, minutes=minutes, resume=resume)
+    recipe = job.recipe(VAERecipe)
+    folder = job.open(recipe)
+    state = train_vae(recipe, folder, **job.options())
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)  # as saved: averaged and standardised
     _write_card(folder / "vae", folder, recipe, state, metrics={"verifier_after_round_trip": measure_round_trip(vae)})
 
@@ -45,28 +74,16 @@ def measure_round_trip(vae: AutoencoderKL, scenes: int = 400) -> dict[str, dict[
     return measure_verifier(scenes, change=round_trip(vae.eval()))
 
 
-def run_sd(
-    out: Path,
-    config: Path | None,
-    overrides: list[str],
-    vae: Path,
-    measure: int,
-    *,
-    minutes: float | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> None:
+def run_sd(job: Job, vae: Path, measure: int) -> None:
     """Train text encoder and UNet on the latents of `vae` into `out/tiny-sd`, measure it, write its card and grids."""
-    recipe = load_config(DiffusionRecipe, config, overrides)
     if not (vae / "config.json").is_file():
         raise T2IError(
             f"Expected {vae} to be the folder of a trained autoencoder; make one with `playground train vae`."
         )
-    weights = vae / "diffusion_pytorch_model.safetensors"
-    recipe = recipe.model_copy(update={"vae": sha256(weights.read_bytes()).hexdigest()})
-    folder = open_folder(out, recipe, resume=resume, overwrite=overwrite)
+    recipe = job.recipe(DiffusionRecipe, vae=_digest(vae / UNET))
+    folder = job.open(recipe)
     autoencoder = AutoencoderKL.from_pretrained(vae, dtype=torch.float32)
-    state = train_diffusion(recipe, autoencoder, folder, minutes=minutes, resume=resume)
+    state = train_diffusion(recipe, autoencoder, folder, **job.options())
     made = folder / "tiny-sd"
     metrics: dict[str, Any] = {}
     if measure:
@@ -77,6 +94,69 @@ def run_sd(
         metrics["vae"] = json.loads(card.read_text(encoding="utf-8"))
         (made / "vae" / "card.json").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
     _write_card(made, folder, recipe, state, defaults=DEFAULTS, prompts="playground", metrics=metrics)
+
+
+def run_clip(job: Job, vae: Path, measure: int) -> None:
+    """Train tiny_clip into `out/tiny-clip`, measure it on drawn scenes and on tiny-sd's pictures, write its card."""
+    recipe = job.recipe(CLIPRecipe, vae=_digest(vae / UNET))
+    folder = job.open(recipe)
+    state = train_clip(recipe, AutoencoderKL.from_pretrained(vae, dtype=torch.float32), folder, **job.options())
+    made = folder / "tiny-clip"
+    scorer = TinyCLIP(folder=made)
+    metrics = _measure_proxy(scorer, folder, measure) | {"captions": measure_captions(scorer)} if measure else {}
+    _write_card(made, folder, recipe, state, metrics=metrics)
+
+
+def run_pick(job: Job, clip: Path, measure: int) -> None:
+    """Draw tiny-sd's pictures, train tiny_pick on them into `out/tiny-pick`, measure it, write its card."""
+    teacher = find_pipeline("tiny-sd")
+    recipe = job.recipe(PickRecipe, clip=_digest(clip / WEIGHTS), teacher=_digest(teacher / "unet" / UNET))
+    folder = job.open(recipe)
+    seed = recipe.train.seed
+    prompts = distinct_prompts(recipe.prompts, seed, "train")
+    samples = judge_samples(load_pipeline(teacher), prompts, STYLES, seed, folder / "samples")
+    state = train_pick(recipe, clip, samples, folder, **job.options())
+    made = folder / "tiny-pick"
+    metrics = _measure_proxy(TinyPick(made), folder, measure) if measure else {}
+    _write_card(made, folder, recipe, state, metrics=metrics)
+
+
+def run_turbo(job: Job, measure: int) -> None:
+    """Distil tiny-sd into `out/tiny-turbo`, measure it, write its card and grids."""
+    teacher = find_pipeline("tiny-sd")
+    recipe = job.recipe(TurboRecipe, teacher=_digest(teacher / "unet" / UNET))
+    folder = job.open(recipe)
+    state = train_turbo(recipe, load_pipeline(teacher), folder, **job.options())
+    made = folder / "tiny-turbo"
+    metrics: dict[str, Any] = {}
+    if measure:
+        table = measure_pipeline(load_pipeline(made), measure, grid=folder, **TURBO_DEFAULTS)
+        metrics = {"gold": table, "prompts_per_split": measure}
+    _write_card(made, folder, recipe, state, defaults=TURBO_DEFAULTS, prompts="playground", metrics=metrics)
+
+
+def heldout_samples(folder: Path, prompts: int) -> Judged:
+    """tiny-sd's pictures of held-out prompts, judged by the verifier; drawn where the folder does not have them."""
+    styles = [Style(DEFAULTS["num_inference_steps"], DEFAULTS["guidance_scale"], PICTURES)]
+    captions = distinct_prompts(prompts, MEASURING_SEED, "heldout")
+    return judge_samples(load_pipeline("tiny-sd"), captions, styles, MEASURING_SEED, folder)
+
+
+def _measure_proxy(scorer: Scorer, folder: Path, prompts: int) -> dict[str, Any]:
+    samples = heldout_samples(folder / "judged", prompts)
+    return {
+        "prompts": prompts,
+        "pictures_per_prompt": PICTURES,
+        "agreement_with_gold": measure_proxy(scorer, samples),
+        "mistakes": mistakes(scorer, samples, sheet=folder / "mistakes.png"),
+    }
+
+
+def _digest(weights: Path) -> str:
+    """SHA-256 of a weights file. Raises T2IError where there is none."""
+    if not weights.is_file():
+        raise T2IError(f"Expected the weights {weights}; train that part first with `t2i-align playground train`.")
+    return sha256(weights.read_bytes()).hexdigest()
 
 
 def _write_card(model: Path, run: Path, recipe: Settings, state: State, **more: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from t2i_align.config import Settings, TrainConfig
 from t2i_align.playground.data import ScenePool, pick_rows
-from t2i_align.train import Ctx, Method, State, Term, fit
+from t2i_align.training import Ctx, Method, State, Term, fit
 
 
 class VAERecipe(Settings):

@@ -168,12 +168,17 @@ BETTER = {  # scorer -> (better, worse) picture for PROMPT
     "verifier": (circle, noisy),
     "jpeg_compressibility": (flat, noisy),
     "jpeg_incompressibility": (noisy, flat),
+    "clip": (circle, noisy),
+    "tiny_clip": (circle, noisy),
+    "tiny_pick": (circle, noisy),
 }
 
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_larger_is_better(name):
     better, worse = BETTER[name]
+    if missing := scorer_class(name).missing():
+        pytest.skip(missing)
     total = load_reward(name).scores([better(), worse()], PROMPT).total
     assert total[0] > total[1]
 

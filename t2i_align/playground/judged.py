@@ -1,0 +1,103 @@
+"""Pictures by a pipeline with their gold scores: what the preference model learns from and proxies are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from t2i_align.generation import generate_samples
+from t2i_align.playground.world import Split, sample_scene
+from t2i_align.progress import Progress
+from t2i_align.prompts import Prompts
+from t2i_align.rewards.verifier import report
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+CHUNK = 16  # prompts per file
+
+
+class Style(NamedTuple):
+    """How some pictures of a prompt are drawn."""
+
+    steps: int
+    guidance: float
+    pictures: int
+
+
+class Judged(NamedTuple):
+    """P prompts with K pictures each: `pixels` (P, K, 64, 64, 3) uint8, `gold` (P, K) in [0, 1]."""
+
+    prompts: list[str]
+    pixels: NDArray[np.uint8]
+    gold: NDArray[np.float32]
+
+    def images(self, rows: slice | list[int] | Tensor) -> Tensor:
+        """Pictures of some prompts: (P, K, 3, 64, 64) in [0, 1]."""
+        pixels = torch.from_numpy(self.pixels[rows.numpy() if isinstance(rows, Tensor) else rows])
+        return pixels.permute(0, 1, 4, 2, 3).contiguous().float() / 255
+
+
+def distinct_prompts(n: int, seed: int, split: Split) -> list[str]:
+    """The first `n` different captions of the scenes of a split."""
+    prompts: dict[str, None] = {}
+    index = 0
+    while len(prompts) < n:
+        prompts[str(sample_scene(seed, index, split).caption)] = None
+        index += 1
+    return list(prompts)
+
+
+def judge_samples(
+    pipe: DiffusionPipeline, prompts: Sequence[str], styles: Sequence[Style], seed: int, folder: Path
+) -> Judged:
+    """Draw pictures of every prompt and score them by the verifier.
+
+    The folder keeps one `.npz` file for 16 prompts; those already there are not drawn again, so that a stopped job
+    goes on where it was. A folder serves one set of arguments.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels, gold = [], []
+    with Progress(len(prompts), "drawing and judging samples") as progress:
+        for first in range(0, len(prompts), CHUNK):
+            path = folder / f"{first:05d}.npz"
+            if not path.exists():
+                _write(path, *_judge(pipe, list(prompts[first : first + CHUNK]), styles, seed))
+            with np.load(path) as saved:
+                pixels.append(saved["pixels"])
+                gold.append(saved["gold"])
+            progress.update(first + len(gold[-1]))
+    return Judged(list(prompts), np.concatenate(pixels), np.concatenate(gold))
+
+
+def _judge(
+    pipe: DiffusionPipeline, prompts: list[str], styles: Sequence[Style], seed: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    number = sum(style.pictures for style in styles)
+    pixels = np.empty((len(prompts), number, 64, 64, 3), np.uint8)
+    gold = np.empty((len(prompts), number), np.float32)
+    first = 0
+    for style in styles:
+        jobs = [(row, first + i) for row in range(len(prompts)) for i in range(style.pictures)]
+        call = {"num_inference_steps": style.steps, "guidance_scale": style.guidance}
+        with torch.autocast("cpu", torch.bfloat16):
+            samples = list(generate_samples(pipe, Prompts(tuple(prompts)), jobs, seed=seed, batch_size=64, **call))
+        for sample in samples:
+            picture = np.asarray(sample.image)
+            pixels[sample.row, sample.particle] = picture
+            gold[sample.row, sample.particle] = report(picture, sample.prompt).score
+        first += style.pictures
+    return pixels, gold
+
+
+def _write(path: Path, pixels: NDArray[np.uint8], gold: NDArray[np.float32]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, pixels=pixels, gold=gold)
+    temporary.replace(path)
