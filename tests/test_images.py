@@ -6,6 +6,7 @@ from PIL import Image
 from t2i_align.data.images import (
     ImageError,
     contact_sheet,
+    decode_image,
     find_images,
     open_image,
     pil_to_tensor,
@@ -247,3 +248,117 @@ def test_contact_sheet_zoom():
     assert sheet.size == (61, 37)
     assert sheet.getpixel((29, 17)) == (0, 0, 0)
     assert sheet.getpixel((30, 17)) == (255, 255, 255)
+
+
+def with_exif(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(tmp_path, suffix, orientation):
+    """Stored so that a viewer shows red top left, green top right, blue bottom left."""
+    corners = np.zeros((16, 24, 3), np.uint8)
+    corners[:8, :12], corners[:8, 12:], corners[8:, :12] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    shown = Image.fromarray(corners)
+    back = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90"}
+    back |= {7: "TRANSVERSE", 8: "ROTATE_270"}
+    stored = shown.transpose(Image.Transpose[back[orientation]]) if orientation > 1 else shown
+    stored.save(tmp_path / f"a{suffix}", exif=with_exif(orientation), quality=95)
+    image, note = decode_image(tmp_path / f"a{suffix}")
+    assert image.size == (24, 16)
+    assert np.abs(np.asarray(image, int) - corners).mean() < 12
+    assert (note is None) == (orientation == 1 or suffix == ".tif")  # Pillow itself turns these
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_orientations_that_are_none_leave_the_picture_as_it_is(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "a.png", exif=exif)
+    assert decode_image(tmp_path / "a.png") == (open_image(tmp_path / "a.png"), None)
+    assert open_image(tmp_path / "a.png").size == (6, 4)
+
+
+def test_cmyk_files_show_their_colours(tmp_path):
+    for colour in ((255, 0, 0), (0, 128, 0), (10, 20, 200), (255, 255, 255)):
+        Image.new("RGB", (8, 8), colour).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+        Image.new("RGB", (8, 8), colour).convert("CMYK").save(tmp_path / "a.tif")
+        with Image.open(tmp_path / "a.jpg") as stored:
+            assert stored.mode == "CMYK"
+        assert np.abs(np.array(open_image(tmp_path / "a.jpg").getpixel((3, 3))) - colour).max() <= 3
+        assert open_image(tmp_path / "a.tif").getpixel((3, 3)) == colour
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".tif"])
+def test_of_animated_files_the_first_frame_counts(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+    image, note = decode_image(tmp_path / f"a{suffix}")
+    assert image.getpixel((4, 3)) == (255, 0, 0)
+    assert note == "first of 3 frames"
+    frames[0].save(tmp_path / f"b{suffix}")
+    assert decode_image(tmp_path / f"b{suffix}").note is None
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_a_white_point_are_refused(tmp_path, mode):
+    Image.new(mode, (4, 4), 3).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match=r"a\.tif: expected 8 or 16 bits"):
+        open_image(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="8 or 16 bits"):
+        to_tensors(Image.new(mode, (4, 4), 3))
+
+
+def test_sixteen_bit_colour_files(tmp_path):
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(">3H", 40_000, 65_535, 256) * 2  # Pillow itself writes no such file
+    head = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert open_image(tmp_path / "a.png").getpixel((1, 0)) == (156, 255, 1)
+
+
+def test_empty_files_are_image_errors_without_an_address_in_memory(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"Cannot read the image .*a\.jpg: it is empty, or in no format") as error:
+        open_image(tmp_path / "a.jpg")
+    assert "0x" not in str(error.value)
+
+
+def test_a_limit_on_pixels_holds_before_the_pixels_are_read(tmp_path):
+    Image.new("L", (200, 100)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:60])  # only the header is whole
+    with pytest.raises(ImageError, match="200 x 100 pixels; the limit is 19999"):
+        open_image(tmp_path / "a.png", max_pixels=19_999)
+    with pytest.raises(ImageError, match="Cannot read"):
+        open_image(tmp_path / "a.png", max_pixels=20_000)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif", ".gif"])
+def test_damaged_files_are_pictures_or_image_errors(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"a{suffix}"
+    frames = [Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)) for _ in range(2)]
+    more = {} if suffix in (".jpg", ".bmp") else {"save_all": True, "append_images": frames[1:]}
+    frames[0].save(path, **more, **({} if suffix in (".bmp", ".gif") else {"exif": with_exif(6)}))
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    seen = set()
+    for _ in range(300):
+        damaged = content.copy()
+        for at in rng.integers(0, len(content), rng.integers(1, 12)):
+            damaged[at if rng.random() < 0.5 else at % 200] = rng.integers(256)
+        path.write_bytes(damaged[: len(damaged) if rng.random() < 0.7 else rng.integers(len(damaged))].tobytes())
+        try:
+            seen.add(open_image(path, max_pixels=10_000).mode)
+        except ImageError as error:
+            seen.add("error" if path.name in str(error) else str(error))
+    assert seen == {"RGB", "error"}

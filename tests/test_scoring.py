@@ -66,7 +66,9 @@ def brightness(table):
 
 
 def score(rows, out, scorer=None, settings=SETTINGS, **options):
-    return score_file(rows, [scorer or Brightness()], out, settings=settings, batch_size=2, **options)
+    """Score in batches of two, saved by chunks of two batches; returns the table written."""
+    score_file(rows, [scorer or Brightness()], out, settings=settings, batch_size=2, **options)
+    return table_in(out)
 
 
 def interrupt(rows, out, at, **options):
@@ -83,7 +85,7 @@ def table_in(path):
             ]
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_a_folder_is_read_in_order_with_its_sidecars(tmp_path):
@@ -144,7 +146,7 @@ def test_sources_that_hold_nothing_are_refused(tmp_path):
         read_rows(tmp_path / "none")
     with pytest.raises(T2IError, match="No such file"):
         read_rows(tmp_path / "none.csv")
-    with pytest.raises(T2IError, match="Expected a folder of images or a table"):
+    with pytest.raises(T2IError, match="Expected a folder of images, a table"):
         read_rows(picture(tmp_path / "a.png", 10))
     (tmp_path / "a.csv").write_text("prompt\nx\n")
     with pytest.raises(T2IError, match="column image or image_path"):
@@ -163,7 +165,9 @@ def test_the_written_table_is_the_returned_one(tmp_path, suffix):
     assert [row["prompt"] for row in table] == [row.prompt for row in rows]
     assert list(table[0]) == ["image", "prompt", "brightness", "error"]
     assert {p.name for p in out.parent.iterdir()} == {out.name, "scores.config.yaml", "scores.environment.json"}
-    assert yaml.safe_load((out.parent / "scores.config.yaml").read_text()) == SETTINGS
+    record = yaml.safe_load((out.parent / "scores.config.yaml").read_text())
+    assert record.pop("job")
+    assert record == SETTINGS
 
 
 def test_a_written_table_can_be_scored_again(tmp_path):
@@ -194,15 +198,19 @@ def test_cells_that_are_no_paths_are_refused(tmp_path):
 
 
 def test_large_pictures_are_scored_in_smaller_batches(tmp_path, monkeypatch):
-    from t2i_align import scoring
+    from t2i_align.scoring import batch
 
-    rows = pictures(tmp_path, 5)
-    monkeypatch.setattr(scoring, "BATCH_PIXELS", 2 * 8 * 8)
-    sizes = []
-    inner = scoring.score_rows
-    monkeypatch.setattr(scoring, "score_rows", lambda batch, *a, **k: sizes.append(len(batch)) or inner(batch, *a, **k))
-    assert len(score(rows, tmp_path / "out.jsonl")) == 5
-    assert sizes == [2, 2, 1]
+    class Counting(Brightness):
+        sizes = []
+
+        def forward(self, images, prompts):
+            self.sizes.append(len(images))
+            return super().forward(images, prompts)
+
+    monkeypatch.setattr(batch, "BATCH_PIXELS", 3 * 8 * 6)
+    table = score_file(pictures(tmp_path, 5), [Counting()], tmp_path / "o.csv", settings=SETTINGS, batch_size=4)
+    assert table.rows == 5
+    assert Counting.sizes == [3, 2]
 
 
 def test_the_output_is_neither_input_nor_folder(tmp_path):
@@ -293,11 +301,15 @@ def test_a_score_that_is_not_finite_is_null_with_a_reason(tmp_path):
     assert "brightness" in (table[1]["error"] or "")
 
 
-def test_file_names_and_prompts_with_odd_characters(tmp_path):
-    rows = [Row(picture(tmp_path / "a\u2028b.png", 100), "line\u2028separator\u0085"), *pictures(tmp_path, 3)]
-    whole = score(rows, tmp_path / "whole.jsonl")
-    interrupt(rows, tmp_path / "parts.jsonl", at=2)
-    assert score(rows, tmp_path / "parts.jsonl", resume=True) == whole
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_file_names_and_prompts_with_odd_characters(tmp_path, suffix):
+    said = "line\u2028separator\u0085\r\n\x00"
+    rows = [Row(picture(tmp_path / "a\u2028b.png", 100), said), Row(tmp_path / "a\u2028b.png", "half \ud83d of a pair")]
+    rows.append(Row(tmp_path / "a\u2028b.png", None, {"tag": ["\udfff", {"x": 1}]}))
+    table = score(rows, tmp_path / f"out{suffix}")
+    assert brightness(table) == [100, 100, 100]
+    assert table[0]["prompt"] == said
+    assert table[1]["prompt"] == "half \\ud83d of a pair"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
@@ -321,92 +333,282 @@ def test_columns_of_sums_and_of_uncertain_scorers(tmp_path):
     names = [reward.name, "jpeg_incompressibility", "jpeg_compressibility"]
     assert score_columns([reward]) == names
     (row,) = score_rows([Row(picture(tmp_path / "a.png", 0), None)], [reward, Unsure()])
+    assert list(row)[:6] == ["image", "prompt", *names, "unsure"]
     assert row["jpeg_incompressibility"] > 0
     assert row[reward.name] == pytest.approx(3 * row["jpeg_incompressibility"], rel=1e-6)
     assert (row["unsure"], row["unsure_std"]) == (0.0, 0.25)
 
 
+def test_the_rows_of_a_prompt_go_together_and_the_table_keeps_their_order(tmp_path):
+    class Seeing(Brightness):
+        needs_prompt = True
+        calls = []
+
+        def forward(self, images, prompts):
+            self.calls.append(list(prompts.text))
+            return super().forward(images, prompts)
+
+    rows = [Row(picture(tmp_path / f"{n}.png", 20 * n), f"p{n % 3}") for n in range(8)]
+    score_file(rows, [Seeing()], tmp_path / "o.jsonl", settings=SETTINGS, batch_size=3)
+    assert Seeing.calls == [["p0", "p0", "p0"], ["p1", "p1", "p1"], ["p2", "p2"]]
+    assert brightness(table_in(tmp_path / "o.jsonl")) == [20 * n for n in range(8)]
+
+
+def test_scorers_on_one_tower_get_one_tensor(tmp_path):
+    seen = []
+
+    class First(Brightness):
+        def forward(self, images, prompts):
+            seen.append(images)
+            return super().forward(images, prompts)
+
+    class Second(First):
+        name = "second"
+
+    score_rows(pictures(tmp_path, 3), [First(), Second()])
+    assert seen[0] is seen[1]
+
+
+def test_columns_reach_the_scorers_that_read_them(tmp_path):
+    class Tagged(Scorer):
+        name = "tagged"
+        columns = ("tag",)
+
+        def forward(self, images, prompts):
+            return torch.tensor([float(tag) for tag in prompts.columns["tag"]])
+
+    image = picture(tmp_path / "a.png", 9)
+    table = score_rows([Row(image, None, {"tag": 3}), Row(image, None), Row(image, None, {"tag": 4})], [Tagged()])
+    assert [row["tagged"] for row in table] == [3, None, 4]
+    assert table[1]["error"] == "tagged: the row has no tag"
+
+
+def test_scorers_that_compare_images_are_refused(tmp_path):
+    class Ranking(Brightness):
+        groupwise = True
+
+    with pytest.raises(T2IError, match="compares the images of one prompt"):
+        score(pictures(tmp_path, 2), tmp_path / "o.csv", Ranking())
+    assert not list(tmp_path.glob("o.csv*"))
+
+
+def test_a_failing_batch_is_halved_down_to_the_guilty_rows(tmp_path):
+    class Counting(Allergic):
+        sizes = []
+
+        def forward(self, images, prompts):
+            self.sizes.append(len(images))
+            return super().forward(images, prompts)
+
+    rows = [Row(picture(tmp_path / f"{n}.png", 0 if n == 5 else 100), None) for n in range(16)]
+    table = score_rows(rows, [Counting()])
+    assert [row["allergic"] is None for row in table] == [n == 5 for n in range(16)]
+    assert sorted(Counting.sizes) == [1, 1, 2, 2, 4, 4, 8, 8, 16]
+
+
+def test_bf16_runs_matrix_products_in_bfloat16(tmp_path):
+    class Linear(Scorer):
+        name = "linear"
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3 * 8 * 6, 1)
+            self.seen = []
+
+        def forward(self, images, prompts):
+            value = self.layer(images.flatten(1))[:, 0]
+            self.seen.append(value.dtype)
+            return value
+
+    scorer, rows = Linear(), pictures(tmp_path, 3)
+    fine, coarse = (score_rows(rows, [scorer], dtype=dtype) for dtype in ("fp32", "bf16"))
+    assert scorer.seen == [torch.float32, torch.bfloat16]
+    for a, b in zip(fine, coarse, strict=True):
+        assert a["linear"] != b["linear"]
+        assert a["linear"] == pytest.approx(b["linear"], abs=0.05)
+    with pytest.raises(T2IError, match="fp32 or bf16"):
+        score_rows(rows, [scorer], dtype="fp16")
+
+
+def test_animated_and_turned_images_carry_a_note(tmp_path):
+    frames = [Image.new("RGB", (8, 6), (level,) * 3) for level in (50, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[274] = 6
+    frames[1].save(tmp_path / "b.jpg", exif=exif)
+    picture(tmp_path / "c.png", 9)
+    table = score(read_rows(tmp_path), tmp_path / "o.jsonl")
+    assert brightness(table)[::2] == [50, 9]
+    assert [row.get("image_note") for row in table] == ["first of 2 frames", "turned as its EXIF says", None]
+    assert [row["error"] for row in table] == [None] * 3
+
+
+def test_images_above_the_limit_are_refused_unread(tmp_path):
+    rows = [Row(picture(tmp_path / "big.png", 90, (100, 60)), None), Row(picture(tmp_path / "small.png", 90), None)]
+    table = score(rows, tmp_path / "o.jsonl", max_pixels=5999)
+    assert brightness(table) == [None, 90]
+    assert "100 x 60 pixels; the limit is 5999" in table[0]["error"]
+    assert brightness(score(rows, tmp_path / "p.jsonl", max_pixels=6000)) == [90, 90]
+
+
+def test_our_limit_stands_in_for_pillows(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    rows = [Row(picture(tmp_path / "big.png", 90, (100, 60)), None)]
+    assert brightness(score(rows, tmp_path / "o.jsonl", max_pixels=10_000)) == [90]
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    assert not [warning for warning in recwarn if "DecompressionBomb" in str(warning.category)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_decoding_ahead_keeps_order_and_bounds(tmp_path, monkeypatch, workers):
+    from t2i_align.scoring import decode
+
+    monkeypatch.setattr(decode, "AHEAD_PIXELS", 200)
+    rows = pictures(tmp_path, 30)[:7] * 4
+    rows[3] = Row(picture(tmp_path / "huge.png", 77, (50, 40)), None)  # above the bound by itself
+    rows[9] = Row(tmp_path / "none.png", None)
+    decoder = decode.Decoder(workers, ahead=12)
+    found = list(decoder(enumerate(rows)))
+    assert [tag for tag, _ in found] == list(range(28))
+    assert [item.row for _, item in found] == rows
+    assert [item.error is None for _, item in found] == [n != 9 for n in range(28)]
+    assert found[3][1].pixels.shape == (40, 50, 3)
+
+
+def test_a_reader_that_leaves_early_stops_the_decoding(tmp_path):
+    import threading
+
+    from t2i_align.scoring.decode import Decoder
+
+    before = threading.active_count()
+    reader = Decoder(2, ahead=8)(enumerate(pictures(tmp_path, 7) * 50))
+    next(reader)
+    reader.close()
+    assert threading.active_count() == before
+
+
+def test_an_interrupted_job_leaves_no_threads(tmp_path):
+    import threading
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt) as held:
+        score(pictures(tmp_path, 7) * 50, tmp_path / "out.csv", Interrupted(2))
+    assert held.value
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_resume_after_an_interruption_equals_an_unbroken_run(tmp_path, suffix):
-    rows = pictures(tmp_path / "in")
-    rows[1].image.unlink()
-    out, whole = tmp_path / f"parts{suffix}", tmp_path / f"whole{suffix}"
-    expected = score(rows, whole)
-    interrupt(rows, out, at=2)
-    assert not out.exists()
-    scorer = Interrupted(at=0)
-    assert score(rows, out, scorer, resume=True) == expected
-    assert scorer.calls == 3  # of four batches the first was done
-    assert table_in(out) == table_in(whole)
-    assert not (tmp_path / f"parts{suffix}.partial.jsonl").exists()
+def test_columns_of_several_types_are_written_as_before(tmp_path, suffix):
+    from t2i_align.scoring import write_table
+
+    rows = [{"n": n, "mixed": n, "late": None, "list": [n]} for n in range(5000)]
+    rows[4500] |= {"mixed": "x", "late": 2.5, "new": True}
+    path = tmp_path / f"t{suffix}"
+    write_table(rows, path)
+    table = table_in(path)
+    assert len(table) == 5000
+    if suffix == ".parquet":
+        schema = pyarrow.parquet.read_schema(path)
+        kinds = {name: str(schema.field(name).type) for name in schema.names}
+        assert [kinds[name] for name in rows[4500]] == ["int64", "string", "double", "list<element: int64>", "bool"]
+        assert table[4499] == {"n": 4499, "mixed": "4499", "late": None, "list": [4499], "new": None}
+    if suffix == ".csv":
+        assert table[4500] == {"n": "4500", "mixed": "x", "late": "2.5", "list": "[4500]", "new": "True"}
 
 
-def test_interruptions_in_the_first_batch_and_again_later(tmp_path):
-    rows = pictures(tmp_path / "in")
-    expected = score(rows, tmp_path / "whole.jsonl")
-    out = tmp_path / "parts.jsonl"
-    interrupt(rows, out, at=1)
-    interrupt(rows, out, at=2, resume=True)
-    interrupt(rows, out, at=1, resume=True)
-    assert score(rows, out, resume=True) == expected
+def test_dates_of_a_parquet_table_travel_along_and_bytes_do_not(tmp_path):
+    import datetime
+
+    picture(tmp_path / "a.png", 60)
+    when = datetime.datetime(2024, 5, 6, 7, 8)
+    table = pyarrow.Table.from_pylist([{"image": "a.png", "when": when, "jpg": b"123", "score": 1}])
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    (row,) = score(read_rows(tmp_path / "t.parquet"), tmp_path / "o.jsonl")
+    assert row["when"] == "2024-05-06 07:08:00"
+    assert "jpg" not in row
 
 
-def test_a_partial_line_cut_short_is_done_again(tmp_path):
-    rows = pictures(tmp_path / "in")
-    rows[3] = Row(rows[3].image, "café")
-    expected = score(rows, tmp_path / "whole.jsonl")
-    out, partial = tmp_path / "parts.jsonl", tmp_path / "parts.jsonl.partial.jsonl"
-    interrupt(rows, out, at=3)
-    content = partial.read_bytes()
-    assert content.count(b"\n") == 5  # the job and four rows
-    last = content[:-1].rindex(b"\n") + 1
-    for length in (last, last + 1, content.index("é".encode()) + 1, len(content) - 2, len(content) - 1):
-        partial.write_bytes(content[:length])
-        assert score(rows, out, resume=True) == expected
-        out.unlink()
+def toy_scorers(encode):
+    """Two scorers on one tower whose image features are the pixels of its 8x8 input."""
+    from t2i_align.rewards.clip import TowerScorer
+    from t2i_align.rewards.tower import Preprocessing, Tower, TowerSpec
+
+    preprocessing = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3)
+    tower = Tower(TowerSpec("toy"), torch.nn.Linear(1, 1), preprocessing, encode, None, None, None)
+
+    class Bright(TowerScorer):
+        def __init__(self, name, channel):
+            super(TowerScorer, self).__init__()
+            self._hold(tower)
+            self.name, self.channel = name, channel
+
+        def forward(self, images, prompts):
+            return self.tower.image_features(images).view(len(images), 3, -1)[:, self.channel].mean(1)
+
+    return Bright("a", 0), Bright("b", 1)
 
 
-def test_a_job_cut_short_in_its_first_line_starts_again(tmp_path):
-    rows = pictures(tmp_path / "in", 3)
-    (tmp_path / "out.jsonl.partial.jsonl").write_text('{"job": "ab')
-    assert brightness(score(rows, tmp_path / "out.jsonl", resume=True)) == [36, 72, 108]
+def test_pictures_of_many_sizes_make_one_batch_for_a_tower(tmp_path):
+    sizes = []
+
+    def encode(network, pixels):
+        sizes.append(len(pixels))
+        return pixels.flatten(1)
+
+    first, second = toy_scorers(encode)
+    rng = torch.Generator().manual_seed(0)
+    rows = []
+    for n in range(9):
+        width, height = torch.randint(8, 40, (2,), generator=rng).tolist()
+        level = torch.randint(0, 256, (height, width, 3), generator=rng, dtype=torch.uint8)
+        Image.fromarray(level.numpy()).save(tmp_path / f"{n}.png")
+        rows.append(Row(tmp_path / f"{n}.png", None))
+    rows[4].image.write_bytes(b"")
+    scorers = [first, Brightness(), second]
+    table = score_rows(rows, scorers)
+    assert sizes == [8]  # one batch, for two scorers
+    for row, line in zip(rows, table, strict=True):
+        if row.image.stat().st_size:
+            for scorer in scorers:
+                alone = scorer.scores([row.image], [""]).total.item()
+                assert line[scorer.name] == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
-def test_an_unfinished_job_is_not_replaced_silently(tmp_path):
-    rows = pictures(tmp_path / "in")
-    out = tmp_path / "out.jsonl"
-    interrupt(rows, out, at=2)
-    with pytest.raises(T2IError, match="unfinished job; pass --resume"):
-        score(rows, out)
-    scorer = Interrupted(at=0)
-    assert len(score(rows, out, scorer, overwrite=True)) == 7
-    assert scorer.calls == 4
+def test_bf16_gives_towers_weights_of_that_type_for_the_time_of_the_job(tmp_path):
+    types = []
+
+    def encode(network, pixels):
+        types.append((network.weight.dtype, pixels.dtype, torch.is_autocast_enabled("cpu")))
+        return pixels.flatten(1)
+
+    scorers = toy_scorers(encode)
+    towers = [scorer.tower for scorer in scorers]
+    table = score_rows(pictures(tmp_path, 3), scorers, dtype="bf16")
+    assert types == [(torch.bfloat16, torch.bfloat16, False)]
+    assert [scorer.tower for scorer in scorers] == towers
+    fine = score_rows(pictures(tmp_path, 3), scorers)
+    for row, exact in zip(table, fine, strict=True):
+        assert row["a"] == pytest.approx(exact["a"], rel=0.02)
 
 
-def test_a_different_job_is_refused(tmp_path):
-    rows = pictures(tmp_path / "in")
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial.jsonl"
-    interrupt(rows, out, at=2)
-    before = partial.read_bytes()
-    for other, settings in (
-        (rows[::-1], SETTINGS),
-        (rows[:-1], SETTINGS),
-        ([*rows[:-1], Row(rows[-1].image, "another")], SETTINGS),
-        (rows, {"rewards": "verifier"}),
-    ):
-        with pytest.raises(T2IError, match="other images, prompts or rewards"):
-            score(other, out, settings=settings, resume=True)
-        assert partial.read_bytes() == before
-    assert len(score(rows, out, resume=True)) == 7
+def test_a_text_is_encoded_once_in_a_chunk():
+    from t2i_align.scoring import Scoring
+    from t2i_align.scoring.decode import Decoded
 
-
-def test_a_finished_table_is_not_replaced_silently(tmp_path):
-    rows = pictures(tmp_path / "in", 2)
-    out = tmp_path / "out.csv"
-    score(rows, out)
-    before = out.read_bytes()
-    for how in ({}, {"resume": True}):
-        with pytest.raises(T2IError, match="already exists"):
-            score(rows[:1], out, **how)
-        assert out.read_bytes() == before
-    assert len(score(rows[:1], out, overwrite=True)) == len(table_in(out)) == 1
+    scorer = load_reward("tiny_clip")
+    pixels = torch.full((64, 64, 3), 200, dtype=torch.uint8).numpy()
+    colours = ("red", "red", "blue", "red")
+    batch = [Decoded(Row(Path("none.png"), f"a {colour} circle"), pixels) for colour in colours]
+    texts = []
+    tokenise = scorer.tower.tokenise
+    scorer.tower.tokenise = lambda new: texts.extend(new) or tokenise(new)
+    try:
+        scoring = Scoring([scorer, load_reward("2 * tiny_clip")])
+        scoring(batch)
+        scoring(batch)
+        assert texts == ["a red circle", "a blue circle"]
+        scoring.forget()
+        scoring(batch)
+        assert texts == ["a red circle", "a blue circle"] * 2
+    finally:
+        scorer.tower.tokenise = tokenise

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from t2i_align.data.files import open_bytes, walk
 from t2i_align.errors import T2IError
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
+# EXIF orientation -> what brings the picture upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LABEL_HEIGHT = 16  # px above a row of a contact sheet
 
 OneImage = "Image.Image | str | Path | NDArray[Any] | Tensor"
@@ -28,31 +39,80 @@ class ImageError(T2IError):
     """An image that cannot be read; the message says which and why."""
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file whole, as RGB; transparency is laid on white.
+class Decoded(NamedTuple):
+    """An image as RGB, and what a reader should know of how it came about (None: nothing)."""
+
+    image: Image.Image
+    note: str | None = None
+
+
+def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
+    """Read an image file whole, as a viewer shows it: RGB, upright, first frame, transparency laid on white.
+
+    Args:
+        path: a file, or `SHARD.tar/MEMBER`.
+        max_pixels: larger ones are refused before they are decoded; None is Pillow's limit.
 
     Raises:
-        ImageError: missing, truncated or not an image.
+        ImageError: missing, truncated, too large or not an image.
+    """
+    return decode_image(path, max_pixels).image
+
+
+def decode_image(
+    path: str | Path, max_pixels: int | None = None, before: Callable[[int], None] | None = None
+) -> Decoded:
+    """`open_image`, with a note where the picture is one frame of many or was turned.
+
+    `before` is called with the number of pixels once the header is read, before the pixels take memory.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(open_bytes(path)) as image:
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+            if limit is not None and pixels > limit:
+                raise ImageError(f"The image {path} has {image.width} x {image.height} pixels; the limit is {limit}.")
+            if before is not None:
+                before(pixels)
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # still formats lack the attribute
             image.load()
-            return to_rgb(image)
+            turn = _TURNS.get(_orientation(image))
+            notes = [f"first of {frames} frames"] * (frames > 1) + ["turned as its EXIF says"] * (turn is not None)
+            rgb = to_rgb(image)
+            return Decoded(rgb if turn is None else rgb.transpose(turn), ", ".join(notes) or None)
+    except T2IError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(f"No such image: {path}.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"Cannot read the image {path}: {' '.join(str(error).split())}.") from error
+    except UnidentifiedImageError as error:  # its own message has an address in memory
+        raise ImageError(f"Cannot read the image {path}: it is empty, or in no format that Pillow knows.") from error
+    except Exception as error:  # on damaged files Pillow's readers raise struct, index, zlib, memory and more errors
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"Cannot read the image {path}: {said}.") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF tag 274; 1 (upright) where the block is absent or damaged, as viewers take it."""
+    try:
+        return int(image.getexif().get(274, 1))
+    except Exception:
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> RGB; transparency is laid on white, as a viewer shows it."""
+    """Any PIL mode -> RGB; transparency is laid on white, as a viewer shows it; of 16 bits the upper 8 are kept.
+
+    Raises:
+        ValueError: 32-bit integers or floating-point numbers, whose black and white points nothing states.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow 10 reads these as I
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel but got the mode {image.mode!r}")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
@@ -124,9 +184,14 @@ def _checked(images: Tensor) -> Tensor:
     return images
 
 
+def walk_images(folder: Path) -> Iterator[Path]:
+    """Image files below `folder`, sorted by path, one directory in memory at a time."""
+    return (path for path in walk(folder) if path.suffix.lower() in SUFFIXES)
+
+
 def find_images(folder: Path) -> list[Path]:
     """Image files below `folder`, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return list(walk_images(folder))
 
 
 def contact_sheet(

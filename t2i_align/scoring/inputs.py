@@ -1,0 +1,165 @@
+"""What to score: folders, tables, tar shards and the layouts of benchmarks -> a stream of rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from t2i_align.config import nearest
+from t2i_align.data.files import braces
+from t2i_align.data.images import walk_images
+from t2i_align.data.tables import json_line, printable, stream_table
+from t2i_align.errors import T2IError
+from t2i_align.prompts import PROMPT_COLUMNS, TABLES, read_text
+
+IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "file")
+LISTINGS = ("results.jsonl", "prompts.jsonl")  # what `generate` and `playground sample` write into their folders
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image to score; `prompt` is None where the input has none, `rest` holds its other columns.
+
+    `image` is a file or `SHARD.tar/MEMBER`. `problem` says why the row cannot be scored, if that is known before its
+    image is opened.
+    """
+
+    image: Path
+    prompt: str | None
+    rest: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of an input, read anew each time one goes through them, so that no table is held in memory."""
+
+    layout: str
+    read: Callable[[], Iterator[Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
+def open_rows(
+    source: str | Path, prompt: str | None = None, *, layout: str = "auto", prompts: str | Path | None = None
+) -> Rows:
+    """Find out what `source` is, and make sure that there is something to score.
+
+    Args:
+        source: a folder that `generate` or `playground sample` wrote; a folder in the layout of GenEval, HPSv2 or
+            T2I-CompBench; tar shards of webdataset (one, a folder of them, or `x-{000..010}.tar`); any other folder of
+            images, with prompts in equally named `.txt` files if there are any; or a `.jsonl`, `.csv` or `.parquet`
+            table whose image paths are relative to it.
+        prompt: for rows without one.
+        layout: one of `LAYOUTS`, or `auto` to find out.
+        prompts: for `hpsv2`: a JSON file `{style: [prompt, ...]}` or a folder of `STYLE.json` files; by default the
+            folder itself.
+
+    Raises:
+        T2IError: nothing to score there, or not in that layout.
+    """
+    from t2i_align.scoring.layouts import LAYOUTS, detect
+
+    if layout not in ("auto", *LAYOUTS):
+        raise T2IError(f"Unknown layout {layout!r}.{nearest(layout, LAYOUTS)} Available: auto, {', '.join(LAYOUTS)}.")
+    path = Path(source)
+    if path.suffix.lower() in TABLES and not path.is_dir() and layout == "auto":
+        return _table(path, prompt)
+    if "{" in str(source) and not path.exists():
+        found = [Path(name) for name in braces(str(source))]
+    elif path.exists():
+        found = [path]
+    else:
+        raise T2IError(f"No such file or folder: {source}.")
+    kind = detect(found, prompts) if layout == "auto" else layout
+    if kind == "listing":
+        name = next((name for name in LISTINGS if (path / name).is_file()), None)
+        if name is None:
+            raise T2IError(f"Expected {source} to hold {' or '.join(LISTINGS)} but it has neither.")
+        return _table(path / name, prompt)
+    if prompts is not None and kind != "hpsv2":
+        raise T2IError(f"Expected prompts of their own for the layout hpsv2 alone but {source} is read as {kind!r}.")
+    rows = Rows(kind, partial(LAYOUTS[kind], found, prompt, prompts))
+    if next(iter(rows), None) is None:
+        raise T2IError(f"The folder {source} has no images{'' if kind == 'folder' else f' in the layout {kind!r}'}.")
+    return rows
+
+
+def read_rows(source: str | Path, prompt: str | None = None, **options: Any) -> list[Row]:
+    """All rows of `open_rows`, in memory."""
+    return list(open_rows(source, prompt, **options))
+
+
+def folder_rows(found: list[Path], prompt: str | None, prompts: str | Path | None = None) -> Iterator[Row]:
+    """All images below a folder."""
+    for folder in found:
+        for image in walk_images(folder):
+            yield file_row(image, prompt)
+
+
+def file_row(image: Path, prompt: str | None, **rest: Any) -> Row:
+    """An image of a folder, with the prompt of an equally named text file."""
+    text = image.with_suffix(".txt")
+    if not text.is_file():
+        return Row(image, prompt, rest)
+    try:
+        return Row(image, read_text(text).strip() or prompt, rest)
+    except T2IError as error:
+        return Row(image, None, rest, str(error))
+
+
+def _table(path: Path, prompt: str | None) -> Rows:
+    """A table; one pass over it checks every cell that must be a path."""
+    torn = path.name in LISTINGS
+    names: dict[str, None] = {}
+    for row in stream_table(path, torn=torn):
+        names |= dict.fromkeys(row)
+    if not names:
+        raise T2IError(f"The table {path} has no rows.")
+    image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    if image is None:
+        raise T2IError(f"Expected {path} to have a column {' or '.join(IMAGE_COLUMNS)} but it has none.")
+    cells = (row.get(image) for row in stream_table(path, torn=torn))
+    odd = next((cell for cell in cells if not isinstance(cell, (str, type(None)))), None)
+    if odd is not None:
+        raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got a {type(odd).__name__}.")
+    text = next((name for name in PROMPT_COLUMNS if name in names), None)
+    return Rows("table", partial(_table_rows, path, torn, image, text, prompt))
+
+
+def _table_rows(path: Path, torn: bool, image: str, text: str | None, prompt: str | None) -> Iterator[Row]:
+    for row in stream_table(path, torn=torn):
+        said = row.get(text or "")
+        rest = {name: value for name, value in row.items() if name not in (image, text, "error")}
+        yield Row(path.parent / (row.get(image) or ""), prompt if said in (None, "") else str(said), rest)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the rows tells: how many, how many with a prompt, and a digest of them all."""
+
+    rows: int
+    prompted: int
+    digest: str
+
+
+def survey(rows: Iterable[Row], out: str | Path) -> Survey:
+    """Go through the rows once without opening an image."""
+    number, prompted, digest = 0, 0, sha256()
+    for row in rows:
+        number += 1
+        prompted += row.prompt is not None
+        said = {"image": path_from(out, row.image), "prompt": row.prompt, "rest": row.rest, "problem": row.problem}
+        digest.update(json_line(printable(said)).encode())
+    return Survey(number, prompted, digest.hexdigest())
+
+
+def path_from(out: str | Path, image: Path) -> str:
+    """The image's path as the table names it: relative to the table, so that the table can be scored again."""
+    return str(image) if image.is_absolute() else os.path.relpath(image, Path(out).parent)
