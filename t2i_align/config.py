@@ -31,7 +31,7 @@ class Settings(BaseModel):
 
 
 class TrainConfig(Settings):
-    """Settings of the training loop, `t2i_align.train.fit`."""
+    """Settings of the training loop, `t2i_align.training.fit`."""
 
     steps: int = Field(gt=0, description="optimiser updates")
     seed: int = Field(0, description="names every random number of the run")
@@ -44,7 +44,12 @@ class TrainConfig(Settings):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW momenta")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     max_norm: float | None = Field(1.0, gt=0, description="clip the gradient norm here; null for no clipping")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast type of the networks; weights stay fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="autocast type of the networks; trained weights, log-probs and losses stay fp32"
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="`adamw_8bit` keeps its moments in 8 bits, by bitsandbytes"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null for none")
     checkpoint_every: int = Field(200, gt=0, description="updates between checkpoints")
     keep: int = Field(2, gt=0, description="checkpoints kept")
@@ -165,6 +170,9 @@ def _explain(cls: type[Settings], problem: dict[str, Any]) -> str:
         return f"unknown key {name!r}.{nearest(path[-1], known)} Known: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{name} is required"
+    if problem["type"] == "value_error":  # a sentence of ours
+        text = str(problem["ctx"]["error"]).rstrip(".")
+        return f"{name}: {text}" if name else text
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{name}: {message}, but got {problem['input']!r}" if name else message
 

@@ -167,7 +167,9 @@ def test_changing_one_key_of_a_default_block_keeps_the_others():
 
 
 def test_ready_recipes_are_valid_and_open_with_their_command():
+    from t2i_align.methods import METHODS
     from t2i_align.playground.diffusion import DiffusionRecipe
+    from t2i_align.training.blocks import load_run
 
     root = Path(__file__).parents[1]
     recipes = sorted((root / "configs").rglob("*.yaml"))
@@ -175,4 +177,7 @@ def test_ready_recipes_are_valid_and_open_with_their_command():
     for path in recipes:
         assert path.read_text().startswith("# t2i-align ")
         assert str(path.relative_to(root)) in path.read_text().splitlines()[0]
-        assert load_config(DiffusionRecipe, path).train.learning_rate == DiffusionRecipe().train.learning_rate
+        if path.stem in METHODS:
+            assert load_run(path).method["use"] == path.stem
+        else:
+            assert load_config(DiffusionRecipe, path).train.learning_rate == DiffusionRecipe().train.learning_rate

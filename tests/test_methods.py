@@ -16,7 +16,7 @@ from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer
-from t2i_align.train import Ctx, fit
+from t2i_align.training import Ctx, fit
 
 METHODS = {
     "ddpo": (DDPO, DDPOSettings),

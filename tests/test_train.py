@@ -13,7 +13,7 @@ from torch import nn
 
 from t2i_align.config import TrainConfig
 from t2i_align.keys import generator
-from t2i_align.train import Method, Term, TrainingError, fit, learning_rate
+from t2i_align.training import Method, Term, TrainingError, fit, learning_rate
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
 
@@ -191,7 +191,7 @@ def test_checkpoint_of_another_network_is_refused(tmp_path):
             self.linear = nn.Linear(4, 1)
 
     fit(Regression(), rows, settings(steps=6), tmp_path)
-    with pytest.raises(TrainingError, match="other weights"):
+    with pytest.raises(TrainingError, match="written by Regression, not Wider"):
         fit(Wider(), rows, settings(steps=6), tmp_path, resume=True)
 
 

@@ -1,8 +1,55 @@
 """Training methods: one paper a file, on one rollout and one loop."""
 
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from t2i_align.config import load_config, nearest
+from t2i_align.errors import T2IError
+
+if TYPE_CHECKING:
+    from t2i_align.methods.base import OnPolicy, SamplingSettings
+
 METHODS = {
     "ddpo": "t2i_align.methods.ddpo:DDPO",
     "grpo": "t2i_align.methods.grpo:GRPO",
     "d3po": "t2i_align.methods.d3po:D3PO",
     "prdp": "t2i_align.methods.prdp:PRDP",
 }
+
+
+def method_class(name: str) -> type[OnPolicy]:
+    """The class behind a name of the table, or behind `package.module:Class`.
+
+    Raises:
+        T2IError: no such method; the message has the nearest name and the list.
+    """
+    known = name.lower().replace("-", "_")
+    target = name if ":" in name else METHODS.get(known)
+    if target is None:
+        raise T2IError(f"Unknown method {name!r}.{nearest(known, METHODS)} Available: {', '.join(METHODS)}.")
+    from t2i_align.methods.base import OnPolicy
+
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise T2IError(f"Cannot import the method {target!r}: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, OnPolicy)):
+        raise T2IError(f"Expected {target!r} to be a subclass of t2i_align.methods.base.OnPolicy but got {found!r}.")
+    return found
+
+
+def read_method(block: Mapping[str, Any]) -> tuple[type[OnPolicy], SamplingSettings]:
+    """The class and the settings of a block `{use: grpo, group: 16, ...}`.
+
+    Raises:
+        T2IError: an unknown method or settings that it has not.
+    """
+    if not isinstance(block.get("use"), str):
+        raise T2IError(f"use is required. Available: {', '.join(METHODS)}.")
+    found = method_class(block["use"])
+    kind = get_type_hints(found)["settings"]
+    return found, load_config(kind, {name: value for name, value in block.items() if name != "use"})

@@ -18,7 +18,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer, Scores
 from t2i_align.rewards.compose import WeightedSum
 from t2i_align.rewards.pareto import non_dominated
-from t2i_align.train import Ctx, Method, TrainingError
+from t2i_align.training import Ctx, Method, TrainingError
 from t2i_align.trajectory import Trajectory
 
 
@@ -48,20 +48,25 @@ class Tools:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Images of one round: their trajectories and scores, group-major."""
+    """Images of one round, group-major: trajectories of those that this process drew, scores of all processes'."""
 
     traj: Trajectory
     scores: Scores
     group: int
     seed: int  # of their noise
+    first: int = 0  # place of this process's images among all
 
     def __len__(self) -> int:
         return len(self.traj.x)
 
+    def mine(self, values: Tensor) -> Tensor:
+        """Of values (B, ...) of all images those of this process's."""
+        return values[self.first : self.first + len(self)]
+
     def old_mean(self, rows: slice, row: int, std: Tensor) -> Tensor:
         """Means of the steps that were taken: the stored latents less their keyed noise."""
         x = self.traj.x[rows, row + 1].float()
-        return x - std * noise_of(x, self.seed, range(rows.start, rows.stop), row)
+        return x - std * noise_of(x, self.seed, range(self.first + rows.start, self.first + rows.stop), row)
 
 
 class OnPolicy(Method):
@@ -77,6 +82,22 @@ class OnPolicy(Method):
     def updates(self) -> int:
         """Optimiser updates per round of images."""
         return self.settings.epochs * self.settings.minibatches
+
+    def report(self, batch: Any) -> dict[str, float]:
+        """Rewards of a round: their mean and those of their parts, their spread within prompts (DDPO: in all)."""
+        data: Rollout = batch[0]
+        total, parts = data.scores.total.double().cpu(), data.scores.parts
+        groups = total.reshape(-1, data.group) if data.group > 1 else total[None]
+        off = groups - groups.nanmean(1, keepdim=True)
+        seen = {"reward": total.nanmean(), "reward_spread": off.square().nanmean().sqrt()}
+        if len(parts) > 1:
+            seen |= {f"reward/{name}": values.double().nanmean() for name, values in parts.items()}
+        counts = {"images": len(total), "invalid": int(total.isnan().sum())}
+        return {name: float(value) for name, value in seen.items()} | counts
+
+    def check_term(self) -> None:
+        """Raises PolicyError where a loss term was yielded inside a context of the policy."""
+        self.policy.refuse_open_context()
 
     def train(self, mode: bool = True) -> OnPolicy:
         """Networks keep their mode: sampling and training must be the same function, or ratios are not 1."""
@@ -100,24 +121,26 @@ class OnPolicy(Method):
 
     @torch.no_grad()
     def rollout(self, ctx: Ctx, prompts: Prompts) -> Rollout:
-        """Draw and score `group` images per prompt with the current weights.
+        """Draw and score `group` images per prompt with the current weights; of several processes each its share.
 
         Raises:
             TrainingError: no reward is a number.
         """
         s, driver = self.settings, self.tools.driver
-        cond = driver.encode(prompts).repeat(s.group)
-        ids = list(range(len(cond)))
+        mine = ctx.world.share(len(prompts))
+        cond = driver.encode(prompts[mine]).repeat(s.group)
+        first = mine.start * s.group
+        ids = list(range(first, first + len(cond)))
         seed = key(ctx.seed, "rollout", ctx.step)
         starts = [i - i % s.group for i in ids] if s.shared_start else ids
         x = driver.start(cond, s.steps, seed, starts, **self.tools.call)
         traj = driver.rollout(
             cond, s.steps, self.kernels(ctx), seed, batch_size=s.batch_size, ids=ids, start=x, **self.tools.call
         )
-        scores = self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), cond.prompts)
+        scores = gather(ctx, self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), cond.prompts))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
-        return Rollout(traj, scores, s.group, seed)
+        return Rollout(traj, scores, s.group, seed, first)
 
     def rows(self, traj: Trajectory) -> list[int]:
         """The rows that are trained: those with noise among the noisiest share."""
@@ -128,17 +151,26 @@ class OnPolicy(Method):
         return max(1, int(self.settings.trained_rows * steps))
 
     def chunks(self, ctx: Ctx, count: int) -> list[slice]:
-        """The slices of samples of this update; slices are those of the rollout, so that ratios start at exactly 1."""
-        s = self.settings
-        every = [slice(first, min(first + s.batch_size, count)) for first in range(0, count, s.batch_size)]
-        order = torch.randperm(len(every), generator=ctx.round_generator("order", ctx.update // s.minibatches)).tolist()
-        mine = [every[i] for i in order[ctx.update % s.minibatches :: s.minibatches]]
-        if not mine:
+        """The slices of this process's `count` samples that belong to this update.
+
+        Slices are those of the rollout, so that ratios start at exactly 1. All processes' slices are dealt out
+        together, so that an update has the same images however many processes there are.
+        """
+        s, world = self.settings, ctx.world
+        mine = [slice(first, min(first + s.batch_size, count)) for first in range(0, count, s.batch_size)]
+        every = len(mine) * world.count
+        order = torch.randperm(every, generator=ctx.round_generator("order", ctx.update // s.minibatches)).tolist()
+        dealt = order[ctx.update % s.minibatches :: s.minibatches]
+        if not dealt:
             raise TrainingError(
                 f"Expected at least {s.minibatches} batches of {s.batch_size} samples in a round, one for each "
-                f"minibatch, but got {len(every)}."
+                f"minibatch, but got {every}."
             )
-        return mine
+        return [mine[i - world.rank * len(mine)] for i in dealt if i // len(mine) == world.rank]
+
+    def samples(self, ctx: Ctx, chunks: list[slice]) -> float:
+        """How many samples an update has in all processes."""
+        return ctx.world.total(sum(part.stop - part.start for part in chunks))
 
     def step(self, traj: Trajectory, rows: slice | Tensor, row: int) -> Gaussian:
         """The current model's Gaussian of the next latents of some samples, with its graph."""
@@ -159,6 +191,13 @@ class OnPolicy(Method):
     def _step(self, x: Tensor, row: int, cond: Any) -> Step:
         s = self.settings
         return self.tools.driver.step(x, row, cond, s.steps, self.kernel, **self.tools.call)
+
+
+def gather(ctx: Ctx, scores: Scores) -> Scores:
+    """Scores of all processes' images; rewards that are infinite become NaN, which methods leave out."""
+    total = ctx.world.gather(scores.total)
+    parts = {name: ctx.world.gather(values) for name, values in scores.parts.items()}
+    return Scores(total.where(total.isfinite(), torch.nan), parts)
 
 
 def survivors(scores: Scores, group: int) -> Tensor:

@@ -22,7 +22,7 @@ from t2i_align.advantage import unequal_pairs
 from t2i_align.methods.base import OnPolicy, Rollout, SamplingSettings
 from t2i_align.pipelines.kernels import per_dim
 from t2i_align.prompts import Prompts
-from t2i_align.train import Ctx, Term
+from t2i_align.training import Ctx, Term
 
 
 class D3POSettings(SamplingSettings):
@@ -44,7 +44,7 @@ class D3PO(OnPolicy):
     settings: D3POSettings
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor, Tensor]:
-        """Images of the round, pairs (M, 2) of winner and loser, reference log-probs (B, N)."""
+        """Images of the round, pairs (M, 2) of winner and loser in all processes, reference log-probs (B, N)."""
         data = self.rollout(ctx, prompts)
         pairs = unequal_pairs(data.scores.total, data.group, extremes=self.settings.pairs == "extremes")
         before = data.traj.log_prob if self.settings.reference == "previous" else self.reference_log_prob(data.traj)
@@ -54,15 +54,18 @@ class D3PO(OnPolicy):
         """One term per trained step and batch of pairs."""
         (data, pairs, before), s = batch, self.settings
         order = torch.randperm(len(pairs), generator=ctx.round_generator("order", ctx.update // s.minibatches))
-        mine = pairs[order][ctx.update % s.minibatches :: s.minibatches]
-        rows = self.rows(data.traj)
+        dealt = pairs[order][ctx.update % s.minibatches :: s.minibatches]
+        here = dealt[:, 0] // len(data) == data.first // len(data)  # a prompt's images are all in one process
+        mine, rows = dealt[here] - data.first, self.rows(data.traj)
         for row in rows:
             for part in mine.split(max(1, s.batch_size // 2)) if len(mine) else ():
                 both = part.T.flatten()  # winners, then losers
                 q = self.step(data.traj, both, row)
                 log_prob = q.log_prob(data.traj.x[both, row + 1])
                 gap = self.gap(per_dim(log_prob - before[both, row], q))
-                yield Term(preference_loss(gap, s.beta).sum() / (len(mine) * len(rows)), {"gap": gap})
+                moved = per_dim(log_prob - data.traj.log_prob[both, row], q)
+                loss = preference_loss(gap, s.beta).sum() / (len(dealt) * len(rows))
+                yield Term(loss, {"gap": gap, "log_ratio": moved})
 
     def gap(self, log_ratio: Tensor) -> Tensor:
         """Log-ratios (2 M,) of winners, then losers -> their clamped difference (M,)."""

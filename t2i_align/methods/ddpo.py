@@ -21,7 +21,7 @@ from t2i_align.methods.base import OnPolicy, Rollout, SamplingSettings, Tools, o
 from t2i_align.pipelines.kernels import per_dim
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
-from t2i_align.train import Ctx, Term
+from t2i_align.training import Ctx, Term
 
 
 class DDPOSettings(SamplingSettings):
@@ -55,17 +55,17 @@ class DDPO(OnPolicy):
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round and their advantages (B,)."""
         data = self.rollout(ctx, prompts)
-        texts = list(data.traj.cond.prompts.text)
+        texts = list(prompts.repeat(data.group).text)
         advantage = self.tracker.advantage(texts, data.scores.total.cpu(), clip=self.settings.advantage_clip)
         if self.settings.select == "pareto":
             advantage = advantage * survivors(data.scores, data.group).cpu()
-        return data, advantage
+        return data, data.mine(advantage)
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per trained step and batch of samples."""
         (data, advantages), s = batch, self.settings
         traj, rows, chunks = data.traj, self.rows(data.traj), self.chunks(ctx, len(data))
-        share = 1 / (len(rows) * sum(part.stop - part.start for part in chunks))
+        share = 1 / (len(rows) * self.samples(ctx, chunks))
         for row in rows:
             for part in chunks:
                 q = self.step(traj, part, row)

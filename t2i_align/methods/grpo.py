@@ -31,7 +31,7 @@ from t2i_align.methods.base import (
 )
 from t2i_align.pipelines.kernels import Gaussian, Kernel, ode, per_dim
 from t2i_align.prompts import Prompts
-from t2i_align.train import Ctx, Term
+from t2i_align.training import Ctx, Term
 from t2i_align.trajectory import Trajectory
 
 
@@ -67,10 +67,10 @@ class GRPO(OnPolicy):
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round and their advantages (B,)."""
         data = self.rollout(ctx, prompts)
-        return data, self.advantage(data)
+        return data, data.mine(self.advantage(data))
 
     def advantage(self, data: Rollout) -> Tensor:
-        """Advantages (B,) of a round."""
+        """Advantages (B,) of a round, of all processes' images."""
         s, scores = self.settings, data.scores
         if s.combine == "gdpo":
             advantage = gdpo_advantage(scores.parts, reward_weights(self.tools.reward), data.group, s.advantage_clip)
@@ -84,7 +84,7 @@ class GRPO(OnPolicy):
         """One term per trained step and batch of samples."""
         (data, advantages), s = batch, self.settings
         traj, rows, chunks = data.traj, self.rows(data.traj), self.chunks(ctx, len(data))
-        share = 1 / (len(rows) * sum(part.stop - part.start for part in chunks))
+        share = 1 / (len(rows) * self.samples(ctx, chunks))
         for row in rows:
             for part in chunks:
                 q = self.step(traj, part, row)

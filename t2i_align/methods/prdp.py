@@ -23,7 +23,7 @@ from t2i_align.advantage import unequal_pairs
 from t2i_align.methods.base import OnPolicy, Rollout, SamplingSettings
 from t2i_align.pipelines.kernels import per_dim
 from t2i_align.prompts import Prompts
-from t2i_align.train import Ctx, Term
+from t2i_align.training import Ctx, Term
 
 
 class PRDPSettings(SamplingSettings):
@@ -62,16 +62,18 @@ class PRDP(OnPolicy):
                 for part in chunks:
                     for row in rows:
                         now[part, row] = old[part, row] + self.moved(data, part, row)
-        rewards = torch.full_like(data.scores.total, float("nan"))
+        total = data.mine(data.scores.total)
+        rewards = torch.full_like(total, float("nan"))
         for part in chunks:
-            rewards[part] = data.scores.total[part]  # samples of other minibatches make no pairs
+            rewards[part] = total[part]  # samples of other minibatches make no pairs
         pairs = unequal_pairs(rewards, data.group)
+        share = len(pairs) / max(1.0, ctx.world.total(len(pairs)))
         residual = proximal(now[:, rows], old[:, rows], rewards, pairs, self.settings.beta, self.settings.eps)
         alive = [(i, part) for i in range(len(rows)) for part in chunks if residual.slope[part, i].any()]
         for i, part in alive:
             moved = self.moved(data, part, rows[i])
             straight = (residual.slope[part, i] * (moved - moved.detach())).sum()  # 0, with the gradient of the loss
-            yield Term(straight + residual.loss / len(alive), {"log_ratio": moved})
+            yield Term(share * (straight + residual.loss / len(alive)), {"log_ratio": moved})
 
     def moved(self, data: Rollout, part: slice, row: int) -> Tensor:
         """Per-dimension log-ratio (B,) of the current policy to the one that drew the images."""

@@ -1,0 +1,193 @@
+"""The config of a training run: one block for each part, all of it checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from t2i_align.config import ConfigError, Settings, TrainConfig, load_config
+from t2i_align.errors import T2IError
+from t2i_align.methods import read_method
+from t2i_align.playground.grammar import KINDS, Kind
+from t2i_align.rewards import check_reward, scorer_class
+
+TRAINED = "reward"  # the trained reward's name among those of an evaluation
+
+
+class ModelBlock(Settings):
+    """The base pipeline: options of `load_pipeline`, and how training images are drawn."""
+
+    use: str = Field("tiny-sd", description="alias, hub id or folder of a pipeline")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the frozen weights; null: what suits")
+    variant: str | None = Field(None, description="of the weight files")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    vae: str | None = Field(None, description="folder or hub id of another autoencoder")
+    lora: tuple[tuple[str, float], ...] = Field((), description="LoRA and weights that belong to the base")
+    quantize: Literal["4bit"] | None = Field(None, description="4-bit base weights, on a GPU")
+    attention: str | None = Field(None, description="back-end of attention")
+    guidance: float | None = Field(None, description="guidance scale of training images; null: the pipeline's own")
+    call: dict[str, Any] = Field(default_factory=dict, description="other keywords of the pipeline's __call__")
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of `load_pipeline`."""
+        names = ("dtype", "variant", "revision", "vae", "quantize", "attention")
+        return {name: getattr(self, name) for name in names} | {"lora": list(self.lora)}
+
+
+class PolicyBlock(Settings):
+    """What is trained of it."""
+
+    use: Literal["lora", "full"] = Field("lora", description="a LoRA, or all weights of the network")
+    rank: int | None = Field(None, gt=0, description="of the LoRA; null: 16")
+    alpha: float | None = Field(None, gt=0, description="the update is alpha / rank B A; null: the rank")
+    targets: tuple[str, ...] | None = Field(
+        None, description="endings of layer names; null: linear layers of attention"
+    )
+    component: str | None = Field(None, description="which network of the pipeline; null: its denoiser")
+    start: str | None = Field(None, description="LoRA to go on from, with its own rank, alpha and layers")
+    gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+
+    @model_validator(mode="after")
+    def _fits(self) -> PolicyBlock:
+        given = [name for name in ("rank", "alpha", "targets", "start") if getattr(self, name) is not None]
+        if self.use == "full" and given:
+            raise T2IError(f"Expected no {', '.join(given)} where all weights are trained: leave them out.")
+        if self.start is not None and len(given) > 1:
+            raise T2IError("Expected rank, alpha and targets from start but they were given too: leave them out.")
+        return self
+
+
+class Source(Settings):
+    """Where prompts come from."""
+
+    use: Literal["playground", "file"] = Field("playground", description="captions of the playground, or a file")
+    path: str | None = Field(None, description="a .txt, .jsonl, .csv or .parquet file of prompts")
+    split: Literal["train", "heldout"] = Field("train", description="of the playground")
+    kinds: tuple[Kind, ...] = Field(KINDS, min_length=1, description="of the playground's captions")
+    size: int = Field(512, gt=0, description="different captions of the playground")
+    seed: int = Field(0, description="names the playground's captions")
+    weight: float = Field(1.0, gt=0, description="share of a part of a mixture")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Source:
+        if (self.use == "file") != (self.path is not None):
+            raise T2IError("Expected use: file with path: FILE, or neither.")
+        return self
+
+
+class PromptsBlock(Source):
+    """Prompts of training."""
+
+    per_round: int = Field(8, gt=0, description="prompts of a round, `group` images each")
+    mix: tuple[Source, ...] = Field((), description="several sources by weight, in the place of one")
+
+
+class StopBlock(Settings):
+    """When to stop, and which weights to keep."""
+
+    watch: str = Field(description="a scorer of `watch`, or `reward`")
+    patience: int = Field(3, gt=0, description="evaluations without a new best one")
+
+
+class EvaluateBlock(Settings):
+    """What a run is measured on, as it goes."""
+
+    every: int = Field(50, gt=0, description="updates between evaluations")
+    prompts: Source = Field(Source(split="heldout", size=32), description="fixed prompts, not those of training")
+    images: int = Field(2, gt=0, description="images per prompt")
+    steps: int | None = Field(None, gt=0, description="denoising steps; null: the pipeline's own")
+    guidance: float | None = Field(None, description="guidance scale; null: the pipeline's own")
+    seed: int = Field(0, description="of the images")
+    batch_size: int = Field(16, gt=0, description="images that are drawn together")
+    watch: tuple[str, ...] | None = Field(
+        None, description="scorers that are not trained on; null: the verifier for pipelines of the playground"
+    )
+    features: str | None = Field(
+        None, description="embedding of the diversity measures; null: tiny_clip for pipelines of the playground"
+    )
+    kl_images: int = Field(16, gt=0, description="images on which the KL to the base is estimated")
+    stop: StopBlock | None = Field(None, description="stop early, and keep the best weights")
+
+    @field_validator("watch")
+    @classmethod
+    def _known(cls, watch: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for spec in watch or ():
+            check_reward(spec)
+        return watch
+
+
+class LogBlock(Settings):
+    """What is written besides `metrics.jsonl`."""
+
+    tensorboard: bool = Field(True, description="write event files for TensorBoard")
+    wandb: str | None = Field(None, description="project of Weights & Biases")
+    pictures: int = Field(8, gt=0, description="prompts whose pictures are kept, beside the base's")
+
+
+class RunConfig(Settings):
+    """A training run."""
+
+    out: str | None = Field(None, description="run folder; null: runs/METHOD")
+    model: ModelBlock = ModelBlock()
+    policy: PolicyBlock = PolicyBlock()
+    method: dict[str, Any] = Field(description="use: a method; its settings beside that")
+    prompts: PromptsBlock = PromptsBlock()
+    reward: str | dict[str, Any] = Field(description="what is maximised: an expression or a mapping of scorers")
+    train: TrainConfig
+    evaluate: EvaluateBlock = EvaluateBlock()
+    log: LogBlock = LogBlock()
+
+    @field_validator("method")
+    @classmethod
+    def _complete(cls, block: dict[str, Any]) -> dict[str, Any]:
+        try:
+            _, settings = read_method(block)
+        except ConfigError as error:
+            raise T2IError(str(error).partition(": ")[2]) from error
+        return {"use": block["use"], **settings.model_dump(mode="json")}
+
+    @field_validator("reward")
+    @classmethod
+    def _exists(cls, reward: str | dict[str, Any]) -> str | dict[str, Any]:
+        check_reward(reward)
+        return reward
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.method['use'].rpartition(':')[2].lower()}")
+
+
+def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+    """The config of a run from a YAML file or a mapping, with `a.b=value` words over it.
+
+    Raises:
+        ConfigError: everything that is wrong with it, found without loading any weight; see `checks.problems`.
+    """
+    from t2i_align.training.checks import problems
+
+    config = _filled_in(load_config(RunConfig, source, overrides))
+    found = problems(config)
+    if found:
+        origin = f" in {source}" if isinstance(source, (str, Path)) else ""
+        count = "a problem" if len(found) == 1 else f"{len(found)} problems"
+        raise ConfigError(f"The config{origin} has {count}: " + "; ".join(text.rstrip(".") for text in found) + ".")
+    return config
+
+
+def _filled_in(config: RunConfig) -> RunConfig:
+    """The config with what suits a pipeline of the playground, where nothing else is said."""
+    from t2i_align.pipelines.catalog import card_of
+
+    try:
+        playground = card_of(config.model.use).get("prompts") == "playground"
+    except T2IError:  # the checks say what is wrong with it
+        return config
+    watch: tuple[str, ...] = ("verifier",) if playground else ()
+    features = "tiny_clip" if playground and scorer_class("tiny_clip").missing() is None else None
+    given = config.evaluate
+    changes = {"watch": watch if given.watch is None else given.watch, "features": given.features or features}
+    return config.model_copy(update={"evaluate": given.model_copy(update=changes)})

@@ -1,0 +1,104 @@
+"""The README.md of a run: what was trained, what it gained and lost, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i_align.runs import write_text
+
+if TYPE_CHECKING:
+    from t2i_align.policy import Policy
+    from t2i_align.training.checkpoints import State
+    from t2i_align.training.honest import Honest
+
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- text-to-image
+- t2i-align
+- {method}
+---
+# {method} on {base}
+
+{what} of {base}, trained to raise `{reward}` by {method}: {steps} updates on {images} images.{kept}
+
+## Scores before and after
+
+{prompts} held-out prompts, {each} images each, the same noise before and after; means over prompts with 95 % intervals.
+Only the first scorer was trained on.
+
+{table}
+
+{measures}
+
+![curves](curves.png)
+![the base above, the result below](samples/step-{step:06d}.png)
+
+## Use
+
+```python
+{code}
+```
+
+`config.yaml` has all settings, `evaluations.jsonl` every score, `environment.json` the versions.
+"""
+
+
+def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept: dict[str, Any]) -> None:
+    """Write the card of a run beside its result.
+
+    Args:
+        result: folder of the trained weights.
+        watcher: with the evaluations of the run.
+        policy: what was trained.
+        state: at the end of the run.
+        kept: the evaluation of the weights that were kept.
+    """
+    config = watcher.config
+    lora = policy.weights.kind == "lora"
+    per_round = config.prompts.per_round * config.method["group"]
+    stop = config.evaluate.stop
+    how = "" if stop is None else f" The weights are those of step {kept['step']}, the best by `{stop.watch}`."
+    averaged = " They are averaged over the training (EMA)." if config.train.ema else ""
+    text = CARD.format(
+        method=config.method["use"],
+        base=config.model.use,
+        what=f"A LoRA of the {policy.component}" if lora else f"The {policy.component}",
+        reward=config.reward if isinstance(config.reward, str) else ", ".join(config.reward),
+        steps=state.step,
+        images=state.step // watcher.method.updates * per_round,
+        kept=how + averaged,
+        prompts=len(watcher.prompts),
+        each=config.evaluate.images,
+        table=score_table(watcher, kept),
+        measures=measure_table(watcher.rows[0], kept),
+        step=kept["step"],
+        code=snippet(result),
+    )
+    write_text(result.parent / "README.md", text)
+
+
+def snippet(result: Path) -> str:
+    """The code that opens the weights, from their own card, as seen from the folder above."""
+    code = (result / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("\n```")[0]
+    return code.replace('"."', f'"{result.name}"').replace("this folder", "the folder beside this file")
+
+
+def score_table(watcher: Honest, kept: dict[str, Any]) -> str:
+    """A Markdown table of the scorers before and after."""
+    lines = ["| scorer | before | after | gain | prompts that got better |", "| --- | --- | --- | --- | --- |"]
+    for name, found in watcher.comparisons(kept).items():
+        lines.append(f"| {name} | {found.base} | {found.tuned} | {found.gain} | {100 * found.win_rate:.0f} % |")
+    return "\n".join(lines)
+
+
+def measure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """A Markdown table of what was measured besides."""
+    lines = ["| measure | before | after |", "| --- | --- | --- |"]
+    for name in ("kl", "diversity", "vendi", "sharpness", "saturation"):
+        if name in before:
+            lines.append(f"| {name} | {before[name]:.4g} | {after[name]:.4g} |")
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""Checkpoints: everything a run needs to go on, written whole or not at all, verified when read."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i_align.config import TrainConfig
+from t2i_align.training.method import Method, TrainingError
+
+FREE = ("steps", "checkpoint_every", "keep", "log_every")  # settings that may change when a run goes on
+BEST = "best.pt"
+
+
+class State:
+    """A run: trained weights, their average, optimiser, loss scale, step, seconds spent.
+
+    The average (EMA) that a run keeps has its home here, whatever is trained; `Policy.update_average` is for methods
+    that need an averaged policy as a forward path.
+
+    Args:
+        method: its parameters that require gradients are trained.
+        config: the loop's settings.
+
+    Raises:
+        TrainingError: nothing is to be trained, or the optimiser is not installed.
+    """
+
+    def __init__(self, method: Method, config: TrainConfig) -> None:
+        self.method, self.config = method, config
+        self.weights: dict[str, nn.Parameter] = {name: p for name, p in method.named_parameters() if p.requires_grad}
+        if not self.weights:
+            raise TrainingError(f"{type(method).__name__} has no parameter that requires gradients: nothing to train.")
+        self.optimizer = make_optimizer(self.weights, config)
+        place = next(iter(self.weights.values())).device.type
+        self.scaler = torch.amp.GradScaler(place, enabled=config.precision == "fp16")
+        self.average: dict[str, Tensor] | None = None
+        if config.ema:
+            self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.step, self.seconds = 0, 0.0
+
+    def save(self, path: Path) -> None:
+        """Write atomically: a kill at any moment leaves the old file or the new one, never half of one.
+
+        Raises:
+            TrainingError: it cannot be written; what was there before is as it was.
+        """
+        content = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "weights": {name: p.detach() for name, p in self.weights.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "method": self.method.state(),
+            "method_name": type(self.method).__name__,
+            "config": self.config.model_dump(mode="json"),
+        }
+        temporary = path.with_suffix(".tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            temporary.unlink(missing_ok=True)
+            why = " ".join(str(error).split())
+            raise TrainingError(
+                f"The checkpoint {path} cannot be written ({why:.200}); earlier ones are kept: make room, then resume."
+            ) from error
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote. Raises TrainingError for a damaged or foreign file."""
+        content = read_checkpoint(path)
+        self._refuse_foreign(path, content)
+        saved = content["weights"]
+        assign(self.weights, saved)
+        if self.average is not None:
+            assign(self.average, content["average"] or saved)
+        self.optimizer.load_state_dict(content["optimizer"])
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.method.restore(content["method"])
+        self.step, self.seconds = content["step"], content["seconds"]
+
+    def load_weights(self, path: Path) -> None:
+        """Take the weights and the average of a checkpoint, and nothing else of it."""
+        content = read_checkpoint(path)
+        self._refuse_foreign(path, content)
+        assign(self.weights, content["weights"])
+        if self.average is not None:
+            assign(self.average, content["average"])
+
+    def _refuse_foreign(self, path: Path, content: dict[str, Any]) -> None:
+        mine, saved = self.weights, content["weights"]
+        name = content.get("method_name", type(self.method).__name__)
+        if name != type(self.method).__name__:
+            raise TrainingError(
+                f"The checkpoint {path} was written by {name}, not {type(self.method).__name__}; use another folder."
+            )
+        if {n: p.shape for n, p in saved.items()} != {n: p.shape for n, p in mine.items()}:
+            raise TrainingError(
+                f"The checkpoint {path} was written for a network with other weights; use another folder."
+            )
+        config = self.config.model_dump(mode="json")
+        before = content.get("config", config)
+        changed = [key for key, value in config.items() if key not in FREE and before.get(key, value) != value]
+        if changed:
+            raise TrainingError(
+                f"The checkpoint {path} was written with other settings ({', '.join(changed)}): repeat them, or use "
+                "another folder."
+            )
+
+    def update_average(self, decay: float) -> None:
+        """Move the averaged weights towards the current ones; the first steps use a shorter memory."""
+        assert self.average is not None
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        current = [p.detach() for p in self.weights.values()]
+        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights, if the run keeps any, into the method for the length of the block."""
+        if self.average is None:
+            yield
+            return
+        mine = {name: p.detach().clone() for name, p in self.weights.items()}
+        try:
+            assign(self.weights, self.average)
+            yield
+        finally:
+            assign(self.weights, mine)
+
+
+def make_optimizer(weights: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or its 8-bit form. Raises TrainingError where bitsandbytes is missing."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            weights.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise TrainingError(
+            "The optimizer adamw_8bit needs bitsandbytes: install it with `pip install 't2i-align[bnb]'`, or use adamw."
+        ) from error
+    return AdamW8bit(weights.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, its checksums verified. Raises TrainingError for a damaged file, or another's."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes a CRC-32 of every record, and does not look at them
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        missing = {"step", "seconds", "weights", "average", "optimizer", "method"} - set(content)
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise TrainingError(
+            f"The checkpoint {path} cannot be read ({why:.200}); delete it to use an older one."
+        ) from error
+    return content
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*.pt"))
+
+
+def write_checkpoint(folder: Path, state: State) -> None:
+    """Write the checkpoint of a step, then delete the oldest beyond the number to keep."""
+    state.save(folder / "checkpoints" / f"step-{state.step:08d}.pt")
+    for old in checkpoints(folder)[: -state.config.keep]:
+        old.unlink()
+
+
+def assign(weights: dict[str, Any], values: dict[str, Tensor]) -> None:
+    """Copy values into weights of the same names."""
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(values[name])

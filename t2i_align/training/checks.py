@@ -1,0 +1,142 @@
+"""What can be wrong with a run and be told from its config, before any weight is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from t2i_align.errors import T2IError
+from t2i_align.methods import read_method
+from t2i_align.rewards import Scorer, check_reward, scorer_class
+from t2i_align.rewards.expression import Call, Node, Part, Sum
+from t2i_align.training.blocks import TRAINED, RunConfig
+from t2i_align.training.distributed import World
+from t2i_align.training.prompts import make_pool
+
+
+def problems(config: RunConfig, world: World | None = None) -> list[str]:
+    """One sentence for everything that would stop a run, none that fits."""
+    world = world or World(count=int(os.environ.get("WORLD_SIZE", 1)))
+    checks: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_model, _prompts, _stop, _folder, _libraries)
+    found: list[str] = []
+    for check in checks:
+        try:
+            found += check(config)
+        except T2IError as error:
+            found.append(str(error))
+    return found + list(_sizes(config, world))
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    from t2i_align.devices import resolve_device
+    from t2i_align.pipelines.catalog import check_pipeline
+
+    resolve_device(config.model.device)
+    download = check_pipeline(config.model.use, config.model.revision)
+    if config.policy.start is not None and not Path(config.policy.start).exists():
+        yield f"policy.start: no such file or folder: {config.policy.start}"
+    if download is None and config.policy.use == "lora" and config.policy.targets is not None:
+        _find_targets(config)
+
+
+def _find_targets(config: RunConfig) -> None:
+    """Raise PolicyError where a LoRA target fits no layer, from the network's config alone."""
+    import diffusers
+    import torch
+
+    from t2i_align.pipelines.catalog import find_pipeline
+    from t2i_align.pipelines.weights import read_index
+    from t2i_align.policy.component import DENOISERS
+    from t2i_align.policy.lora import find_targets
+
+    folder = find_pipeline(config.model.use, config.model.revision)
+    index = read_index(folder)
+    component = config.policy.component or next((name for name in DENOISERS if name in index), DENOISERS[0])
+    library, name = index.get(component, (None, None))
+    kind: Any = getattr(diffusers, name, None) if library == "diffusers" else None
+    if kind is None:  # a class of its own, or another library's: found out when it is opened
+        return
+    with torch.device("meta"):
+        network = kind.from_config(kind.load_config(folder, subfolder=component))
+    find_targets(network, config.policy.targets)
+
+
+def _prompts(config: RunConfig) -> Iterator[str]:
+    pools = {"prompts": make_pool(config.prompts), "evaluate.prompts": make_pool(config.evaluate.prompts)}
+    scorers = [*leaf_classes(check_reward(config.reward))]
+    for name, pool in pools.items():
+        watch = config.evaluate.watch or () if name == "evaluate.prompts" else ()
+        needed = [*scorers, *(kind for spec in watch for kind in leaf_classes(check_reward(spec)))]
+        for kind in dict.fromkeys(needed):
+            absent = [column for column in kind.columns if column not in pool.prompts.columns]
+            if absent:
+                yield f"{name}: the scorer {kind.name} reads the columns {', '.join(absent)}, which are missing"
+
+
+def leaf_classes(node: Node) -> Iterator[type[Scorer]]:
+    """The classes of the scorers that a reward is made of."""
+    if isinstance(node, str):
+        yield scorer_class(node)
+        return
+    if isinstance(node, Call):
+        inner: tuple[Node, ...] = () if node.function in ("vendi", "fid", "cmmd") else node.members
+    elif isinstance(node, Part):
+        inner = (node.use,)
+    elif isinstance(node, Sum):
+        inner = tuple(member for _, member in node.terms)
+    else:
+        inner = (node.objective, *(limit.node for limit in node.limits))
+    for member in inner:
+        yield from leaf_classes(member)
+
+
+def _stop(config: RunConfig) -> Iterator[str]:
+    stop, watch = config.evaluate.stop, config.evaluate.watch
+    if stop is not None and watch is not None and stop.watch not in (TRAINED, *watch):
+        yield f"evaluate.stop.watch: expected one of {', '.join((TRAINED, *watch))} but got {stop.watch!r}"
+
+
+def _folder(config: RunConfig) -> Iterator[str]:
+    there = next(path for path in (config.folder, *config.folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield f"out: expected a folder but {there} is a file"
+    elif not os.access(there, os.W_OK):
+        yield f"out: the folder {there} cannot be written"
+
+
+def _libraries(config: RunConfig) -> Iterator[str]:
+    wanted = {"wandb": config.log.wandb, "bitsandbytes": config.train.optimizer == "adamw_8bit"}
+    extra = {"wandb": ("log.wandb", "wandb"), "bitsandbytes": ("train.optimizer", "bnb")}
+    for library, asked in wanted.items():
+        if asked and importlib.util.find_spec(library) is None:
+            key, name = extra[library]
+            yield f"{key}: {library} is not installed; `pip install 't2i-align[{name}]'`, or leave it out"
+
+
+def _sizes(config: RunConfig, world: World) -> Iterator[str]:
+    """Rounds, groups, batches, minibatches and processes that do not fit together."""
+    _, s = read_method(config.method)
+    count, per_round = world.count, config.prompts.per_round
+    if per_round % count:
+        yield f"prompts.per_round: expected a multiple of the {count} processes but got {per_round}"
+        return
+    images = per_round // count * s.group
+    if s.batch_size % s.group and s.group % s.batch_size:
+        yield f"method.batch_size: {s.batch_size} neither divides nor is a multiple of the group of {s.group} images"
+    if images % s.batch_size:
+        each = "" if count == 1 else f" in each of {count} processes"
+        yield (
+            f"method.batch_size: expected to divide the {images} images of a round{each} (prompts.per_round "
+            f"{per_round} x group {s.group}) but got {s.batch_size}"
+        )
+    elif images // s.batch_size * count % s.minibatches:
+        yield (
+            f"method.minibatches: expected to divide the {images // s.batch_size * count} batches of a round but got "
+            f"{s.minibatches}"
+        )
+    updates = s.epochs * s.minibatches
+    if config.train.steps % updates:
+        yield f"train.steps: expected a multiple of the {updates} updates of a round but got {config.train.steps}"

@@ -1,0 +1,39 @@
+"""`curves.png`: the trained reward beside everything that it could have been raised at the cost of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GRAY, BLUE = "#b0b7bf", "#3b6ea5"
+COLUMNS, WIDTH, HEIGHT = 3, 3.4, 2.3  # panels in a row, inches of one
+TITLES = {
+    "reward": "trained reward",
+    "kl": "KL to the base, nats per image",
+    "diversity": "distance of a prompt's images",
+    "vendi": "effective number of images",
+}
+
+
+def plot_curves(rows: Sequence[dict[str, Any]], scorers: Sequence[str], path: Path) -> None:
+    """Draw a panel for each score and measure of evaluations; a gray line is the base."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    extra = ("kl", "diversity", "vendi", "sharpness", "saturation")
+    names = [*scorers, *(name for name in extra if name in rows[0])]
+    lines = -(-len(names) // COLUMNS)
+    figure = Figure(figsize=(COLUMNS * WIDTH, lines * HEIGHT), layout="constrained", dpi=110)
+    panels = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
+    steps = [row["step"] for row in rows]
+    for axes, name in zip(panels, names, strict=False):
+        values = [row[name] for row in rows]
+        axes.axhline(values[0], color=GRAY, linewidth=1)
+        axes.plot(steps, values, ".-", color=BLUE)
+        title = TITLES.get(name, name)
+        axes.set_title(title if name in TITLES or name in extra else f"watched: {title}", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.savefig(path)

@@ -1,0 +1,223 @@
+"""The honest look at a run: held-out prompts, scorers that are not trained on, diversity, drift, pictures, curves."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from t2i_align.data.images import contact_sheet, to_tensors
+from t2i_align.evaluation import Comparison, compare, draw
+from t2i_align.keys import key
+from t2i_align.pipelines.kernels import Step
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import Scorer
+from t2i_align.rewards.features import Extract, extract_features
+from t2i_align.rewards.sets import vendi
+from t2i_align.runs import append_jsonl, read_jsonl
+from t2i_align.training.blocks import TRAINED, RunConfig
+from t2i_align.training.checkpoints import BEST, State
+from t2i_align.training.curves import plot_curves
+from t2i_align.training.distributed import World
+from t2i_align.training.loop import Observer
+from t2i_align.training.metrics import forget_after
+from t2i_align.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from t2i_align.methods.base import OnPolicy
+
+EVALUATIONS = "evaluations.jsonl"
+MEASURES = ("kl", "diversity", "vendi", "sharpness", "saturation")
+
+
+@dataclass
+class Judges:
+    """What images are judged by: the trained reward, scorers that are not trained on, an embedding."""
+
+    reward: Scorer
+    watch: dict[str, Scorer]
+    features: Extract | None
+
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """By their names in an evaluation; the trained one is `reward`."""
+        return {TRAINED: self.reward} | self.watch
+
+
+@dataclass
+class Honest(Observer):
+    """Evaluates a run every so many updates, and says when to stop.
+
+    Step 0 is where the run starts: the base, unless `policy.start` names a LoRA to go on from. `evaluations.jsonl` has
+    a row per evaluation: means, and the scores of every image. A run with `stop` keeps the weights of the evaluation
+    with the best watched score in `checkpoints/best.pt`.
+    """
+
+    config: RunConfig
+    folder: Path
+    prompts: Prompts
+    method: OnPolicy
+    judges: Judges
+    call: dict[str, Any]
+    trackers: Trackers
+    world: World
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    base_pictures: list[Image.Image] = field(default_factory=list)
+
+    def look(self, state: State) -> bool:
+        """Evaluate if it is time; True once the watched score has not risen for `patience` evaluations."""
+        if not self.rows:  # of an earlier session
+            self.rows = self.world.once(lambda: self._read(state.step))
+        if self.due(state.step) and all(row["step"] != state.step for row in self.rows):
+            self.rows.append(self.world.once(lambda: self._evaluate(state)))
+        return self.stopped
+
+    def row(self, row: dict[str, float]) -> None:
+        """Pass a row of metrics on to the trackers."""
+        self.trackers.write(row["step"], row, "train")
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """What belongs beside the progress bar."""
+        return {"kl": self.rows[-1]["kl"]} if self.rows else {}
+
+    def due(self, step: int) -> bool:
+        """Whether a step, the first of a round, is evaluated: the first one at or after each multiple, and the last."""
+        every = self.config.evaluate.every
+        before = step - self.method.updates
+        return step == 0 or step // every > before // every or step >= self.config.train.steps
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row with the best watched score, the earlier of equal ones; None without `stop`."""
+        return self._best_of(self.rows)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run should end."""
+        stop, best = self.config.evaluate.stop, self.best
+        if stop is None or best is None:
+            return False
+        return len(self.rows) - 1 - self.rows.index(best) >= stop.patience
+
+    def comparisons(self, row: dict[str, Any]) -> dict[str, Comparison]:
+        """An evaluation against that of step 0, by scorer."""
+        scores = [{name: torch.tensor(values) for name, values in r["scores"].items()} for r in (self.rows[0], row)]
+        return {name: compare(scores[0][name], scores[1][name]) for name in scores[0]}
+
+    def _best_of(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        stop = self.config.evaluate.stop
+        if stop is None or not rows:
+            return None
+        return max(rows, key=lambda row: -math.inf if math.isnan(row[stop.watch]) else row[stop.watch])
+
+    def _read(self, step: int) -> list[dict[str, Any]]:
+        forget_after(self.folder / EVALUATIONS, step)
+        return read_jsonl(self.folder / EVALUATIONS)
+
+    def _evaluate(self, state: State) -> dict[str, Any]:
+        """One row; where it is the best one, its weights are written first."""
+        started = time.perf_counter()
+        is_base = state.step == 0 and self.config.policy.start is None
+        with state.averaged():
+            images = self._draw(f"step {state.step}")
+            row = {"step": state.step} | self._judge(images) | self._measure(images)
+            some = self.prompts[: self.config.evaluate.kl_images]
+            row["kl"] = 0.0 if is_base else kl_to_base(self.method, some, state.config.seed)
+        row["seconds"] = round(time.perf_counter() - started, 2)
+        self._keep_pictures(images, state.step, is_base)
+        if self._best_of([*self.rows, row]) is row:
+            state.save(self.folder / "checkpoints" / BEST)
+        append_jsonl(self.folder / EVALUATIONS, [row])
+        plot_curves([*self.rows, row], list(self.judges.scorers), self.folder / "curves.png")
+        self.trackers.write(state.step, {k: v for k, v in row.items() if k not in ("step", "scores")}, "evaluate")
+        return row
+
+    def _draw(self, label: str) -> list[Image.Image]:
+        e = self.config.evaluate
+        pipe = self.method.tools.driver.pipe
+        return draw(pipe, self.prompts, e.images, e.seed, e.batch_size, f"evaluating {label}", **self.call)
+
+    def _judge(self, images: list[Image.Image]) -> dict[str, Any]:
+        """Mean scores by scorer, the number of images without one, and all scores (prompts, images)."""
+        many, shape = self.prompts.repeat(self.config.evaluate.images), (len(self.prompts), -1)
+        totals = {name: scorer.scores(images, many).total.cpu() for name, scorer in self.judges.scorers.items()}
+        means = {name: float(total.nanmean()) for name, total in totals.items()}
+        invalid = sum(int(total.isnan().sum()) for total in totals.values())
+        return means | {"invalid": invalid, "scores": {name: t.reshape(shape).tolist() for name, t in totals.items()}}
+
+    def _measure(self, images: list[Image.Image]) -> dict[str, float]:
+        """Diversity, by the embedding, and what images look like as pixels."""
+        stacked = to_tensors(images)
+        found = look_of(stacked if isinstance(stacked, Tensor) else torch.stack(stacked))
+        if self.judges.features is None:
+            return found
+        features = extract_features(images, self.judges.features).float().cpu()
+        found |= {"vendi": float(vendi(features))}
+        if self.config.evaluate.images > 1:
+            found["diversity"] = float(pairwise_distance(features, self.config.evaluate.images))
+        return found
+
+    def _keep_pictures(self, images: list[Image.Image], step: int, is_base: bool) -> None:
+        """`samples/step-N.png`: the base's pictures above the current ones, same prompts and noise."""
+        count, each = min(self.config.log.pictures, len(self.prompts)), self.config.evaluate.images
+        pictures = images[: count * each : each]
+        if not self.base_pictures:
+            with self.method.policy.reference():
+                self.base_pictures = pictures if is_base else self._draw("base")[: count * each : each]
+        (self.folder / "samples").mkdir(exist_ok=True)
+        zoom = max(1, 128 // pictures[0].width)
+        sheet = contact_sheet([*self.base_pictures, *pictures], count, labels=["base", f"step {step}"], zoom=zoom)
+        sheet.save(self.folder / "samples" / f"step-{step:06d}.png")
+
+
+@torch.no_grad()
+def kl_to_base(method: OnPolicy, prompts: Prompts, seed: int) -> float:
+    """KL of the current model's chain of denoising steps to the base's: nats per image, on fresh training-type chains.
+
+    The sum over steps of KL(p_theta(x_s | x_t) || p_base(x_s | x_t)) at latents of the current model: an unbiased
+    estimate of the KL of whole chains, which bounds that of the images.
+    """
+    s, driver, call, kernel = method.settings, method.tools.driver, method.tools.call, method.kernel
+    cond = driver.encode(prompts)
+    seed = key(seed, "kl")
+    x = driver.start(cond, s.steps, seed, **call)
+    latents, total = [x], torch.zeros(len(cond), device=x.device)
+
+    def add(row: int, made: Step, after: Tensor) -> None:
+        if made.q.std.any():
+            with method.policy.reference():
+                for first in range(0, len(cond), s.batch_size):
+                    part = slice(first, first + s.batch_size)
+                    base = driver.step(latents[-1][part], row, cond[part], s.steps, kernel, **call).q
+                    total[part] += made.q._replace(mean=made.q.mean[part]).kl(base)
+        latents.append(after)
+
+    driver.rollout(cond, s.steps, kernel, seed, on_step=add, batch_size=s.batch_size, start=x, **call)
+    return float(total.mean())
+
+
+def pairwise_distance(features: Tensor, group: int) -> Tensor:
+    """1 - cosine between two images of one prompt, on average; features (n, D) in groups."""
+    unit = torch.nn.functional.normalize(features, dim=1).reshape(-1, group, features.shape[1])
+    cosines = unit @ unit.mT
+    others = ~torch.eye(group, dtype=torch.bool)
+    return 1 - cosines[:, others].mean()
+
+
+def look_of(images: Tensor) -> dict[str, float]:
+    """Of images (B, 3, H, W) in [0, 1]: what reward hacking shows in first.
+
+    `sharpness`: mean absolute Laplacian of the luminance; `saturation`: mean of the largest less the smallest channel.
+    """
+    gray = images.mean(1, keepdim=True)
+    stencil = images.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    laplacian = torch.nn.functional.conv2d(gray, stencil)
+    chroma = images.amax(1) - images.amin(1)
+    return {"sharpness": float(laplacian.abs().mean()), "saturation": float(chroma.mean())}

@@ -1,0 +1,189 @@
+"""What a run will cost, from its config and one small round: network calls, memory, hours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from t2i_align.arms import parameters
+from t2i_align.rewards import Scorer
+from t2i_align.training.distributed import ALONE
+from t2i_align.training.loop import autocast
+from t2i_align.training.method import Ctx
+from t2i_align.training.run import Parts
+
+GIB = 2**30
+
+
+class Memory(NamedTuple):
+    """Bytes: what is there all the time, what a round keeps, and the larger of the two peaks within a round."""
+
+    weights: int
+    training: int  # gradients, moments, average, frozen copies
+    round: int  # latents, log-probs and images
+    activations: int  # a loss term's graph, or the decoder's features
+
+    @property
+    def total(self) -> int:
+        """Peak, without what the libraries take."""
+        return sum(self)
+
+
+class Plan(NamedTuple):
+    """Images and rows that go through the network in a round (guidance counts double), and what a run takes."""
+
+    rounds: int
+    images: int
+    drawn: int  # network rows of drawing and of reference passes
+    trained: int  # network rows with a backward pass
+    memory: Memory
+    seconds: float  # a round
+    evaluations: int
+    evaluation_seconds: float
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return (self.rounds * self.seconds + self.evaluations * self.evaluation_seconds) / 3600
+
+    def rows(self) -> list[dict[str, str]]:
+        """For people."""
+        m = self.memory
+        said = {
+            "rounds": f"{self.rounds}",
+            "images per round": f"{self.images}",
+            "network rows per round": f"{self.drawn} drawing, {self.trained} training (guidance counts double)",
+            "memory": f"about {m.total / GIB:.2f} GiB: weights {m.weights / GIB:.2f}, training state "
+            f"{m.training / GIB:.2f}, a round {m.round / GIB:.2f}, activations {m.activations / GIB:.2f}",
+            "time": f"about {self.hours:.2g} hours: {self.rounds} rounds of {self.seconds:.3g} s, {self.evaluations} "
+            f"evaluations of {self.evaluation_seconds:.3g} s",
+        }
+        return [{"what": name, "value": text} for name, text in said.items()]
+
+
+def make_plan(parts: Parts) -> Plan:
+    """Draw and backpropagate as few images as fill a batch, and scale up; weights are not changed.
+
+    Activations are the tensors that autograd keeps of the largest loss term, and of decoding the largest input and
+    output of a layer; they grow with the batch, which is measured in full.
+    """
+    config, method = parts.config, parts.method
+    s = method.settings
+    prompts = min(config.prompts.per_round, max(1, s.batch_size // s.group))
+    share = prompts / config.prompts.per_round
+    method.settings = s.model_copy(update={"minibatches": 1, "epochs": 1})
+    ctx = Ctx(config.train.seed, 0, parts.device, 0, ALONE)
+    table = parts.pool.draw(config.train.seed, 0, prompts)
+    try:
+        with counted(method.policy.network) as drawn, largest_layer(parts.pipe) as decoded, torch.no_grad():
+            method.collect(ctx, table)  # the first call is slower
+            once = drawn[0]
+            started = time.perf_counter()
+            with autocast(parts.device, config.train):
+                batch = method.collect(ctx, table)
+            drawing = time.perf_counter() - started
+        with counted(method.policy.network) as trained, autocast(parts.device, config.train):
+            started = time.perf_counter()
+            graph = largest_graph(method, ctx, batch)
+            training = time.perf_counter() - started
+    finally:
+        method.settings = s
+        method.zero_grad()
+    traj, images = batch[0].traj, config.prompts.per_round * s.group
+    kept = bytes_of(traj.x) + bytes_of(traj.log_prob)
+    seconds = (drawing + s.epochs * training) / share
+    e = config.evaluate
+    steps = parts.call.get("num_inference_steps", 50)
+    per_image = drawing / (prompts * s.group * s.steps) * steps
+    return Plan(
+        rounds=config.train.steps // method.updates,
+        images=images,
+        drawn=round(once / share),
+        trained=round(s.epochs * trained[0] / share),
+        memory=Memory(*standing(parts), round(kept / share), max(graph, decoded[0])),
+        seconds=seconds,
+        evaluations=config.train.steps // e.every + 1,
+        evaluation_seconds=per_image * len(parts.held_out) * e.images,
+    )
+
+
+def standing(parts: Parts) -> tuple[int, int]:
+    """Bytes of all weights, and of the training state."""
+    scorers: list[Scorer] = list(parts.judges.scorers.values())
+    networks = [network for scorer in scorers for network in scorer.networks()]
+    if isinstance(parts.judges.features, nn.Module):
+        networks.append(parts.judges.features)
+    every = {id(p): p for p in parameters(parts.pipe)}
+    every |= {id(p): p for network in networks for p in network.parameters()}
+    weights = sum(bytes_of(p) for p in every.values())
+    policy, train = parts.method.policy, parts.config.train
+    trained = policy.trainable()
+    moments = 2 if train.optimizer == "adamw_8bit" else 8
+    state = sum(p.numel() * (p.element_size() + moments + (p.element_size() if train.ema else 0)) for p in trained)
+    frozen = sum(bytes_of(p) for p in trained) if policy.weights.kind == "full" else 0
+    return weights, state + frozen
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Of its values."""
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def counted(network: nn.Module) -> Iterator[list[int]]:
+    """Count the rows that go through a network."""
+    rows = [0]
+
+    def count(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *options.values()) if isinstance(value, Tensor) and value.ndim > 1]
+        rows[0] += len(tensors[0])
+
+    handle = network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def largest_layer(pipe: Any) -> Iterator[list[int]]:
+    """The most bytes that one layer of a pipeline's networks reads and writes."""
+    most = [0]
+
+    def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tensors = [value for value in (*args, output) if isinstance(value, Tensor)]
+        most[0] = max(most[0], sum(map(bytes_of, tensors)))
+
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    leaves = [layer for part in parts for layer in part.modules() if not list(layer.children())]
+    handles = [layer.register_forward_hook(measure) for layer in leaves]
+    try:
+        yield most
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def largest_graph(method: Any, ctx: Ctx, batch: Any) -> int:
+    """Backpropagate a batch's loss terms; the most bytes that autograd keeps of one, weights not counted."""
+    own = {p.untyped_storage().data_ptr() for p in method.policy.network.parameters()}
+    kept: dict[int, int] = {}
+    most = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for term in method.losses(ctx, batch):
+            most = max(most, sum(kept.values()))
+            term.loss.backward()
+            kept.clear()
+    return most

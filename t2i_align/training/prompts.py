@@ -1,0 +1,76 @@
+"""Prompts of a run: sources, mixtures by weight, and the keyed draw of each round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+from t2i_align.errors import T2IError
+from t2i_align.keys import generator
+from t2i_align.playground.grammar import KINDS
+from t2i_align.playground.world import sample_scene
+from t2i_align.prompts import Prompts, read_prompts
+
+if TYPE_CHECKING:
+    from t2i_align.training.blocks import PromptsBlock, Source
+
+TRIES = 60  # scenes drawn for each different caption that is wanted
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All prompts of a run, each with its chance to be drawn."""
+
+    prompts: Prompts
+    chances: tuple[float, ...]
+
+    def draw(self, seed: int, number: int, size: int) -> Prompts:
+        """The prompts of round `number`: different rows of the pool, a pure function of the arguments."""
+        import torch
+
+        if size > len(self.prompts):
+            raise T2IError(f"Expected at least {size} prompts, one for each of a round, but got {len(self.prompts)}.")
+        chances = torch.tensor(self.chances, dtype=torch.float64)
+        rows = torch.multinomial(chances, size, replacement=False, generator=generator(seed, "prompts", number))
+        return self.prompts[rows.tolist()]
+
+
+def make_pool(block: Source | PromptsBlock) -> Pool:
+    """Read the prompts of a block; of a mixture, the columns that all its parts have.
+
+    Raises:
+        T2IError: a file that cannot be read, or too few prompts.
+    """
+    parts = getattr(block, "mix", ()) or (block,)
+    tables = [read_source(part) for part in parts]
+    joined = tables[0]
+    for table in tables[1:]:
+        joined = joined + table
+    total = sum(part.weight for part in parts)
+    chances = [part.weight / total / len(table) for part, table in zip(parts, tables, strict=True) for _ in table.text]
+    pool = Pool(joined, tuple(chances))
+    per_round = getattr(block, "per_round", 1)
+    if per_round > len(joined):
+        raise T2IError(f"Expected at least the {per_round} prompts of a round but got {len(joined)}.")
+    return pool
+
+
+def read_source(source: Source) -> Prompts:
+    """The prompts of one source."""
+    if source.path is not None:
+        return read_prompts(source.path)
+    found: dict[str, str] = {}
+    for index in count():
+        if len(found) == source.size:
+            break
+        if index == TRIES * source.size:
+            raise T2IError(
+                f"The playground has about {len(found)} captions of the kinds {', '.join(source.kinds)} in its "
+                f"{source.split} split: ask for fewer than {source.size}."
+            )
+        kind = None if set(source.kinds) == set(KINDS) else source.kinds[index % len(source.kinds)]
+        caption = sample_scene(source.seed, index, source.split, kind).caption
+        found[str(caption)] = caption.kind
+    kinds, split = tuple(found.values()), (source.split,) * len(found)
+    return Prompts(tuple(found), {"kind": kinds, "split": split})

@@ -1,0 +1,185 @@
+"""A training run from its config: everything is made, trained, watched and written down here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from t2i_align.devices import resolve_device
+from t2i_align.evaluation import check_prompts
+from t2i_align.methods import read_method
+from t2i_align.methods.base import OnPolicy, Tools
+from t2i_align.pipelines import call_keywords, check_call, load_pipeline
+from t2i_align.pipelines.driver import Driver
+from t2i_align.policy import Policy
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import load_reward
+from t2i_align.rewards.features import load_features
+from t2i_align.runs import open_folder
+from t2i_align.training.blocks import PolicyBlock, RunConfig, load_run
+from t2i_align.training.card import write_card
+from t2i_align.training.checkpoints import BEST, State
+from t2i_align.training.distributed import World
+from t2i_align.training.honest import Honest, Judges
+from t2i_align.training.loop import fit
+from t2i_align.training.prompts import Pool, make_pool
+from t2i_align.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LORA, MODEL = "lora", "model"  # folders of the result
+
+
+class Trained(NamedTuple):
+    """A finished or paused run: its folder, updates made, the evaluation of the weights that were kept."""
+
+    folder: Path
+    step: int
+    kept: dict[str, Any]
+
+
+@dataclass
+class Parts:
+    """All objects of a run, ready to train."""
+
+    config: RunConfig
+    pipe: DiffusionPipeline
+    method: OnPolicy
+    judges: Judges
+    pool: Pool
+    held_out: Prompts
+    call: dict[str, Any]  # keywords of the pipeline for images of evaluations: as a user of the result would call it
+    device: torch.device
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | RunConfig,
+    *,
+    pipeline: DiffusionPipeline | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    minutes: float | None = None,
+    **overrides: Any,
+) -> Trained:
+    """Train a pipeline on a reward, as a config says.
+
+    Args:
+        config: a YAML file, a mapping of its blocks, or a `RunConfig`.
+        pipeline: an open one, where it lies, in the place of the `model` block's; its network is trained.
+        resume: go on in the run's folder from its newest checkpoint.
+        overwrite: delete an earlier run in the folder.
+        minutes: stop, with a checkpoint, after this much training time, that of earlier sessions included.
+        overrides: changes such as `**{"train.steps": 50}`.
+
+    Raises:
+        T2IError: a config that cannot be run, with all problems in one message, before weights are loaded; or a run
+            that cannot go on.
+    """
+    config = read_config(config, overrides)
+    world = World.join()
+    parts = make_parts(config, world, pipeline)
+    stored = config.model_copy(update={"out": None})  # a run folder may move
+    folder: Path = world.once(lambda: open_folder(config.folder, stored, resume=resume, overwrite=overwrite))
+    trackers = Trackers(config, folder if world.first else None)
+    watcher = Honest(config, folder, parts.held_out, parts.method, parts.judges, parts.call, trackers, world)
+    seed, per_round = config.train.seed, config.prompts.per_round
+    try:
+        state = fit(
+            parts.method,
+            lambda number: parts.pool.draw(seed, number, per_round),
+            config.train,
+            folder,
+            resume=resume,
+            minutes=minutes,
+            device=parts.device,
+            world=world,
+            observer=watcher,
+        )
+    finally:
+        trackers.close()
+    kept = watcher.best or watcher.rows[-1]
+    world.once(lambda: write_result(parts, state, watcher, kept))
+    return Trained(folder, state.step, kept)
+
+
+def read_config(config: Any, overrides: Mapping[str, Any]) -> RunConfig:
+    """The resolved config, checked."""
+    source = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
+    return load_run(source, [f"{name}={json.dumps(value)}" for name, value in overrides.items()])
+
+
+def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | None = None) -> Parts:
+    """Load and connect everything; scorers first, which are small and can refuse the prompts.
+
+    Args:
+        config: checked.
+        world: the processes.
+        pipeline: an open one in the place of that of the config.
+
+    Raises:
+        T2IError: what cannot serve.
+    """
+    device = resolve_device(config.model.device) if pipeline is None else pipeline.device
+    if pipeline is None and device.type == "cuda" and device.index is None and world.count > 1:
+        device = resolve_device(f"cuda:{world.local}")
+    pool, held_out = make_pool(config.prompts), make_pool(config.evaluate.prompts).prompts
+    judges = make_judges(config, device)
+    check_prompts([judges.reward], pool.prompts)
+    check_prompts(list(judges.scorers.values()), held_out)
+    model, e = config.model, config.evaluate
+    pipe = pipeline or load_pipeline(model.use, device=device, **model.options())
+    call = call_keywords(pipeline or model.use, None, model.guidance, **model.call)
+    call.pop("num_inference_steps", None)  # the method's own
+    evaluation_call = call_keywords(pipeline or model.use, e.steps, e.guidance, **model.call)
+    check_call(pipe, call)
+    check_call(pipe, evaluation_call)
+    found, settings = read_method(config.method)
+    policy = make_policy(config.policy, pipe, config.train.seed)
+    method = found(settings, policy, Tools(Driver(pipe), judges.reward, call))
+    return Parts(config, pipe, method, judges, pool, held_out, evaluation_call, device)
+
+
+def make_judges(config: RunConfig, device: torch.device) -> Judges:
+    """The trained reward, the watched scorers and the embedding."""
+    e = config.evaluate
+    reward = load_reward(config.reward, device, base=config.model.use)
+    watch = {spec: load_reward(spec, device, base=config.model.use) for spec in e.watch or ()}
+    features = None if e.features is None else load_features(e.features)
+    if isinstance(features, torch.nn.Module):
+        features = features.to(device)
+    return Judges(reward, watch, features)
+
+
+def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int) -> Policy:
+    """The trained weights in the pipeline."""
+    if block.use == "full":
+        return Policy.full(pipe, block.component, block.gradient_checkpointing)
+    return Policy.lora(
+        pipe,
+        block.rank,
+        block.alpha,
+        block.targets,
+        block.component,
+        block.start,
+        gradient_checkpointing=block.gradient_checkpointing,
+        seed=seed,
+    )
+
+
+def write_result(parts: Parts, state: State, watcher: Honest, kept: dict[str, Any]) -> None:
+    """Write the trained weights, averaged where the run averages, and the card; with `stop`, of the best evaluation."""
+    folder, policy = watcher.folder, parts.method.policy
+    if watcher.best is not None:
+        state.load_weights(folder / "checkpoints" / BEST)
+    result = folder / (LORA if policy.weights.kind == "lora" else MODEL)
+    if state.average is not None:
+        with state.averaged():
+            policy.update_average(0.0)  # all of it
+    policy.save(result, averaged=state.average is not None)
+    write_card(result, watcher, policy, state, kept)

@@ -1,0 +1,192 @@
+"""Two processes on a CPU train like one: losses, weights, statistics over prompts; and FSDP2 through the driver."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_align.config import TrainConfig
+from t2i_align.errors import T2IError
+from t2i_align.methods import read_method
+from t2i_align.methods.base import Tools
+from t2i_align.pipelines.driver import Driver
+from t2i_align.pipelines.kernels import ddim
+from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.policy import Policy
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import FunctionScorer
+from t2i_align.training import World, fit
+from tests.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+METHODS = {
+    "ddpo": {"use": "ddpo", "group": 2, "min_count": 3, "minibatches": 2, "clip": 0.2},
+    "grpo": {"use": "grpo", "spread": "global", "minibatches": 2, "epochs": 2, "beta": 0.1, "clip": 0.2},
+    "d3po": {"use": "d3po", "group": 4, "pairs": "all", "clip": None, "batch_size": 8},
+    "prdp": {"use": "prdp", "beta": 1.0, "eps": 0.2},
+}
+ROUND = ["0", "0.5", "1", "1.5"]
+
+
+def reward(images, prompts):
+    return (16 * (images[:, 0] - 0.5)).mean((1, 2)) + torch.tensor([0.3 * float(text) for text in prompts])
+
+
+def train(name, folder, world):
+    """Five updates or more on the toy."""
+    pipe = toy_pipeline(size=2)
+    found, settings = read_method({"group": 4, "steps": 3, "batch_size": 4} | METHODS[name])
+    method = found(settings, Policy.full(pipe), Tools(Driver(pipe), FunctionScorer(reward)))
+    steps = 8 if method.updates == 4 else 6
+    config = TrainConfig(steps=steps, learning_rate=0.05, weight_decay=0.0, log_every=1, ema=0.9)
+    return fit(method, lambda number: Prompts.of(ROUND), config, folder, world=world)
+
+
+def shard_fully(folder, world):
+    """Three SGD steps on all weights of a small Stable Diffusion, sharded over the processes by FSDP2."""
+    torch.manual_seed(0)
+    pipe = FAMILIES["sd"]().pipe
+    driver = Driver(pipe)
+    cond = driver.encode(["a", "b"])
+    x = driver.start(cond, 3, seed=1)
+    if world.count > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world.count,))
+        for block in (*pipe.unet.down_blocks, *pipe.unet.up_blocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(pipe.unet, mesh=mesh)
+    optimizer = torch.optim.SGD(pipe.unet.parameters(), lr=0.1)
+    mine = world.share(2)
+    losses = []
+    for row in range(3):
+        q = driver.step(x[mine], row, cond[mine], 3, ddim(1.0)).q
+        loss = q.mean.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(world.total(loss.item()) / world.count)
+    weights = {}
+    for name, p in pipe.unet.named_parameters():
+        weights[name] = (p.full_tensor() if world.count > 1 else p).detach().clone()
+    if world.first:
+        torch.save({"weights": weights, "losses": losses}, Path(folder) / f"fsdp-{world.count}.pt")
+
+
+def whole_run(folder):
+    """A run from its config: folder, evaluations and result are the first process's work."""
+    from t2i_align.training.run import train as start
+    from tests.test_run import CONFIG
+
+    place = Path(folder)
+    sources = {"prompts.path": str(place / "prompts.txt"), "evaluate.prompts.path": str(place / "heldout.txt")}
+    stop = {"evaluate.stop": {"watch": "reward", "patience": 2}, "method.batch_size": 4}
+    done = start(CONFIG, pipeline=toy_pipeline(size=8), out=str(place / "run"), **sources, **stop)
+    assert (done.step, done.kept["step"]) == (6, 6)
+
+
+def work(folder):
+    """What each of the processes does; all jobs in one, since starting takes longest."""
+    world = World.join()
+    for name in METHODS:
+        train(name, Path(folder) / name, world)
+    shard_fully(folder, world)
+    whole_run(folder)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folders of the same jobs in two processes and in one."""
+    two, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
+    for folder in (two, one):
+        (folder / "prompts.txt").write_text("\n".join(f"0.{i}" for i in range(9)))
+        (folder / "heldout.txt").write_text("0.11\n0.55\n0.77")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import sys; from tests.test_distributed import work; work(sys.argv[1])"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": path}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(two)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for name in METHODS:
+            train(name, one / name, World())
+        shard_fully(one, World())
+        whole_run(one)
+        for process in started:
+            _, complaint = process.communicate(timeout=240)
+            assert process.returncode == 0, complaint.decode()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+    return one, two
+
+
+def rows(folder, name="metrics"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_like_one(both, name):
+    one, two = (folder / name for folder in both)
+    saved = [torch.load(max((f / "checkpoints").glob("*.pt")), weights_only=True) for f in (one, two)]
+    assert saved[0]["step"] == saved[1]["step"] >= 5
+    for part in ("weights", "average"):
+        for key, weight in saved[0][part].items():
+            assert weight.abs().sum() > 0.01  # it has moved
+            torch.testing.assert_close(weight, saved[1][part][key], rtol=0, atol=1e-6)
+    assert saved[0]["method"].keys() == saved[1]["method"].keys()
+    for alone, together in zip(rows(one), rows(two), strict=True):
+        assert alone.keys() == together.keys()
+        for key in {"loss", "gradient_norm", "reward", "reward_spread", "ratio"} & alone.keys():
+            assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=1e-6)
+
+
+def test_prompt_statistics_are_those_of_all_processes(both):
+    trackers = [
+        torch.load(f / "ddpo" / "checkpoints" / "step-00000006.pt", weights_only=True)["method"]["tracker"]
+        for f in both
+    ]
+    assert trackers[0].keys() == trackers[1].keys() == set(ROUND)
+    for prompt, values in trackers[0].items():
+        assert values == pytest.approx(trackers[1][prompt], abs=1e-5)
+
+
+def test_all_weights_are_trained_in_shards(both):
+    one, two = (torch.load(f / f"fsdp-{n}.pt", weights_only=True) for f, n in zip(both, (1, 2), strict=True))
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, two["weights"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_of_two_processes_is_written_once(both):
+    one, two = (folder / "run" for folder in both)
+    files = [folder / "checkpoints" / "step-00000006.pt" for folder in (one, two)]
+    saved = [torch.load(file, weights_only=True)["weights"] for file in files]
+    for name, weight in saved[0].items():
+        torch.testing.assert_close(weight, saved[1][name], rtol=0, atol=1e-6)
+    for folder in (one, two):
+        assert [row["step"] for row in rows(folder)] == [2, 4, 6]
+        assert [row["step"] for row in rows(folder, "evaluations")] == [0, 2, 4, 6]
+        assert (folder / "README.md").exists()
+        assert (folder / "model" / "policy.json").exists()
+
+
+def test_prompts_must_be_shared_equally():
+    assert World(1, 2).share(6) == slice(3, 6)
+    with pytest.raises(T2IError, match="2 processes can share equally but got 5"):
+        World(0, 2).share(5)

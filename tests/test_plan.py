@@ -1,0 +1,82 @@
+"""`--dry-run`: what it counts, and its memory against what a training really takes."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.training.blocks import load_run
+from t2i_align.training.distributed import ALONE
+from t2i_align.training.plan import make_plan
+from t2i_align.training.run import make_parts
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {
+    "model": {"guidance": 3.0},
+    "method": {"use": "grpo", "steps": 2, "trained_rows": 0.5},
+    "reward": "jpeg_compressibility",
+    "prompts": {"per_round": 1},
+    "train": {"steps": 1, "checkpoint_every": 1},
+    "evaluate": {"prompts": {"split": "heldout", "size": 2}, "images": 1, "steps": 1, "watch": [], "every": 50},
+}
+
+
+def memory(name):
+    """Bytes of this process: VmRSS now, or VmHWM, the peak since it was last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measure(folder):
+    """In a process of its own: the plan of a run, and by how much memory grows once libraries are loaded."""
+    from t2i_align.training import fit
+
+    def train(group, where):
+        config = load_run(CONFIG, [f"method.group={group}", f"method.batch_size={group}"])
+        parts = make_parts(config, ALONE)
+        fit(parts.method, lambda number: parts.pool.draw(0, number, 1), config.train, where)
+        return parts
+
+    train(2, Path(folder) / "warm")
+    gc.collect()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    parts = train(16, Path(folder) / "run")
+    peak = memory("VmHWM")
+    plan = make_plan(parts)
+    print(json.dumps({"measured": peak - before, "planned": plan.memory.total, "parts": plan.memory}))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory accounting")
+def test_planned_memory_is_near_the_measured_peak(tmp_path):
+    code = "import sys; from tests.test_plan import measure; measure(sys.argv[1])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, timeout=280, capture_output=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert 0.6 < found["planned"] / found["measured"] < 1.5
+
+
+def test_counts_are_those_of_a_whole_round():
+    config = load_run(CONFIG | {"policy": {"use": "full"}})
+    settings = {"use": "grpo", "group": 4, "steps": 5, "batch_size": 8, "epochs": 3, "trained_rows": 0.6, "beta": 0.01}
+    config = config.model_copy(update={"method": config.method | settings})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": 30})})
+    config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"per_round": 6})})
+    parts = make_parts(config, ALONE, toy_pipeline(size=8))
+    before = [p.detach().clone() for p in parts.method.parameters()]
+    plan = make_plan(parts)
+    assert (plan.rounds, plan.images, plan.evaluations) == (10, 24, 1)
+    guided = 2  # network rows per image and step
+    assert plan.drawn == 24 * 5 * guided
+    assert plan.trained == 24 * 3 * guided * 2 * 3  # rows x (policy and its reference, for the KL) x epochs
+    assert plan.hours > 0
+    assert all((p == q).all() for p, q in zip(before, parts.method.parameters(), strict=True))
+    assert parts.method.settings.epochs == 3

@@ -1,0 +1,319 @@
+"""Runs from a config: blocks, refusals, the run folder, the honest stop, resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from t2i_align.config import ConfigError
+from t2i_align.methods.grpo import GRPO
+from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.policy import PolicyError
+from t2i_align.rewards import Scorer
+from t2i_align.training import Term, TrainingError
+from t2i_align.training.blocks import load_run
+from t2i_align.training.honest import look_of, pairwise_distance
+from t2i_align.training.prompts import make_pool
+from t2i_align.training.run import train
+from tests.families import FAMILIES
+
+CONFIG = {
+    "method": {"use": "grpo", "group": 4, "steps": 3, "batch_size": 8, "clip": 0.2},
+    "policy": {"use": "full"},
+    "reward": "tests.test_run:Red",
+    "prompts": {"use": "file", "path": "prompts.txt", "per_round": 4},
+    "train": {"steps": 6, "learning_rate": 0.1, "weight_decay": 0.0, "log_every": 2, "checkpoint_every": 2},
+    "evaluate": {
+        "every": 2,
+        "steps": 3,
+        "prompts": {"use": "file", "path": "heldout.txt"},
+        "watch": ["tests.test_run:Blue"],
+        "kl_images": 4,
+    },
+    "log": {"tensorboard": False},
+}
+
+
+class Channel(Scorer):
+    which = 0
+
+    def forward(self, images, prompts):
+        return images[:, self.which].mean((1, 2))
+
+
+class Red(Channel):
+    name = "red"
+
+
+class Blue(Channel):
+    name, which = "blue", 2
+
+
+class Broken(Red):
+    """Half and more of all images have no reward."""
+
+    name, share = "broken", 0.75
+
+    def forward(self, images, prompts):
+        scores = super().forward(images, prompts)
+        scores[: int(self.share * len(scores))] = float("nan")
+        return scores
+
+
+class Partly(Broken):
+    name, share = "partly", 0.25
+
+
+class Flat(Red):
+    name = "flat"
+
+    def forward(self, images, prompts):
+        return torch.ones(len(images))
+
+
+class Telling(Red):
+    name, columns = "telling", ("answer",)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(f"0.{i}" for i in range(9)))
+    Path("heldout.txt").write_text("0.11\n0.55\n0.77")
+    return tmp_path
+
+
+def run(out="run", changes=None, size=8, **options):
+    return train(CONFIG, pipeline=toy_pipeline(size=size), out=out, **options, **(changes or {}))
+
+
+def rows(folder, name="metrics"):
+    return [json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_in_its_folder(here):
+    done = run()
+    assert done.step == 6
+    names = {path.relative_to("run").as_posix() for path in Path("run").rglob("*") if path.is_file()}
+    wanted = {"config.yaml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "curves.png", "README.md"}
+    assert wanted | {f"samples/step-{step:06d}.png" for step in (0, 2, 4, 6)} <= names
+    assert [row["step"] for row in rows("run", "evaluations")] == [0, 2, 4, 6]
+    first, last = rows("run", "evaluations")[0], rows("run", "evaluations")[-1]
+    assert first["kl"] == 0 < last["kl"]
+    assert last["reward"] > first["reward"]
+    assert {"tests.test_run:Blue", "sharpness", "saturation", "invalid", "seconds"} <= set(last)
+    metrics = rows("run")
+    assert [row["step"] for row in metrics] == [2, 4, 6]
+    assert metrics[0]["images"] == 16
+    assert {"reward", "reward_spread", "ratio", "clipped", "images_per_second", "loss"} <= set(metrics[0])
+    card = Path("run/README.md").read_text()
+    assert "| reward |" in card
+    assert "from_pretrained" in card
+    stored = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert stored["method"]["advantage_clip"] == 5.0  # all settings, not those given alone
+    with Image.open("run/samples/step-000006.png") as sheet:
+        assert sheet.width > 3 * 128
+
+
+def test_evaluations_do_not_change_the_weights(here):
+    run("often")
+    run("seldom", {"evaluate.every": 6, "evaluate.kl_images": 1})
+    often, seldom = (
+        torch.load(f"{name}/checkpoints/step-00000006.pt", weights_only=True)["weights"] for name in ("often", "seldom")
+    )
+    for name, weight in often.items():
+        assert torch.equal(weight, seldom[name])
+
+
+def test_a_stopped_run_resumes_to_the_same_weights_and_rows(here):
+    run("whole", {"train.ema": 0.5})
+    run("parts", {"train.ema": 0.5}, minutes=0)
+    done = run("parts", {"train.ema": 0.5}, resume=True)
+    assert done.step == 6
+    whole, parts = (torch.load(f"{n}/checkpoints/step-00000006.pt", weights_only=True) for n in ("whole", "parts"))
+    for kind in ("weights", "average"):
+        for name, weight in whole[kind].items():
+            assert torch.equal(weight, parts[kind][name])
+    without = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows(n, "evaluations")] for n in ("whole", "parts")
+    ]
+    assert without[0] == without[1]
+    with pytest.raises(ValueError, match="other settings"):
+        run("parts", {"train.ema": 0.9}, resume=True)
+
+
+def test_stop_keeps_the_best_honest_weights(here):
+    """The reward is red; a watched score that only falls ends the run, and its best weights are the base's."""
+    changes = {
+        "evaluate.stop": {"watch": "tests.test_run:Cyan", "patience": 2},
+        "evaluate.watch": ["tests.test_run:Cyan"],
+    }
+    done = run(changes=changes | {"train.steps": 40})
+    assert done.step == 4
+    assert done.kept["step"] == 0
+    weights = torch.load("run/checkpoints/best.pt", weights_only=True)
+    assert weights["step"] == 0
+    again = run(changes=changes | {"train.steps": 40}, resume=True)
+    assert (again.step, again.kept["step"]) == (4, 0)
+    assert "step 0, the best by" in Path("run/README.md").read_text()
+
+
+class Cyan(Red):
+    name = "cyan"
+
+    def forward(self, images, prompts):
+        return -super().forward(images, prompts)
+
+
+def test_rewards_that_are_no_numbers_are_counted_and_too_many_stop_the_run(here):
+    run("some", {"reward": "tests.test_run:Partly"})
+    assert [row["invalid"] for row in rows("some")] == [4, 4, 4]
+    with pytest.raises(TrainingError, match="12 of 16 rewards of the round at step 0 are no numbers"):
+        run("most", {"reward": "tests.test_run:Broken"})
+
+
+def test_rewards_that_never_differ_stop_the_run(here):
+    with pytest.raises(TrainingError, match="same reward in 5 rounds up to step 4"):
+        run(changes={"reward": "tests.test_run:Flat", "train.steps": 20})
+    assert Path("run/checkpoints/step-00000004.pt").exists()
+
+
+def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
+    pipe = toy_pipeline(size=8)
+    true = pipe.denoiser.forward
+
+    def shifted(x, at, said, prediction):
+        return true(x, at, said, prediction) + 0.5 * torch.is_grad_enabled()
+
+    pipe.denoiser.forward = shifted
+    with pytest.raises(TrainingError, match="Expected the ratio of the policy .* not the same function"):
+        train(CONFIG, pipeline=pipe, out="run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method.gruop": 4, "reward": "verifer", "train.stpes": 3}, ["'gruop'", "'verifer'", "'train.stpes'"]),
+        ({"method.use": "grop"}, ["Did you mean 'grpo'"]),
+        ({"method.batch_size": 6}, ["neither divides nor is a multiple of the group of 4"]),
+        ({"method.batch_size": 32}, ["expected to divide the 16 images of a round"]),
+        ({"method.minibatches": 3, "train.steps": 5}, ["method.minibatches", "train.steps"]),
+        ({"prompts.per_round": 20}, ["at least the 20 prompts"]),
+        ({"prompts.path": None}, ["use: file with path"]),
+        ({"reward": "tests.test_run:Telling"}, ["prompts: the scorer telling reads the columns answer"]),
+        ({"out": "prompts.txt/run"}, ["prompts.txt is a file"]),
+        ({"model.use": "tiny-sx"}, ["Did you mean 'tiny-sd'"]),
+        ({"policy.use": "lora", "policy.targets": ["to_x"]}, ["ends in 'to_x'", "to_q"]),
+        ({"policy.rank": 4}, ["Expected no rank where all weights are trained"]),
+        ({"evaluate.stop": {"watch": "blue"}}, ["evaluate.stop.watch"]),
+        ({"train.optimizer": "adamw_9bit"}, ["train.optimizer"]),
+        ({"log.wandb": "project"}, ["pip install 't2i-align[wandb]'"]),
+    ],
+)
+def test_what_cannot_run_is_refused_before_weights_are_loaded(here, changes, said, monkeypatch):
+    monkeypatch.setattr("t2i_align.training.run.load_pipeline", None)
+    monkeypatch.setattr("t2i_align.training.run.load_reward", None)
+    with pytest.raises(ValueError, match="problem") as refused:
+        train(CONFIG, **changes)
+    assert isinstance(refused.value, ConfigError)
+    for text in said:
+        assert text in str(refused.value)
+    assert not Path("runs").exists()
+
+
+def test_prompts_of_a_round_are_keyed_and_differ(here):
+    pool = make_pool(load_run({**CONFIG, "prompts": {"per_round": 4, "size": 40, "kinds": ["pair"]}}).prompts)
+    assert set(pool.prompts.columns["kind"]) == {"pair"}
+    assert len(set(pool.prompts.text)) == 40
+    assert pool.draw(0, 3, 4).text == pool.draw(0, 3, 4).text != pool.draw(0, 4, 4).text
+    assert len(set(pool.draw(0, 3, 40).text)) == 40
+
+
+def test_train_and_held_out_captions_are_different(here):
+    config = load_run({"method": {"use": "grpo"}, "reward": "verifier", "train": {"steps": 1}})
+    train_pool, held_out = make_pool(config.prompts), make_pool(config.evaluate.prompts)
+    assert not set(train_pool.prompts.text) & set(held_out.prompts.text)
+    assert set(held_out.prompts.columns["split"]) == {"heldout"}
+
+
+def test_mixtures_are_drawn_by_weight(here):
+    Path("a.jsonl").write_text('{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 2}\n')
+    mix = [{"use": "file", "path": "a.jsonl", "weight": 3}, {"use": "file", "path": "prompts.txt", "weight": 1}]
+    pool = make_pool(load_run({**CONFIG, "prompts": {"per_round": 2, "mix": mix}}).prompts)
+    drawn = [pool.draw(0, number, 1).text[0] for number in range(800)]
+    assert sum(text in "ab" for text in drawn) / 800 == pytest.approx(0.75, abs=0.05)
+    assert not pool.prompts.columns  # the second part has none
+
+
+def test_a_lora_of_a_run_is_opened_by_its_stock_pipeline(here, tmp_path):
+    torch.manual_seed(0)
+    pipe = FAMILIES["sd"]().pipe
+    pipe.save_pretrained("base")
+    changes = {"model.use": "base", "policy": {"use": "lora", "rank": 2}, "train.steps": 2, "train.learning_rate": 0.01}
+    changes |= {"method.batch_size": 4, "prompts.per_round": 1, "evaluate.every": 2, "evaluate.images": 1}
+    done = train(CONFIG, out="run", **changes, **{"train.ema": 0.9})
+    assert 0 < done.kept["kl"] < 1e4
+    stock = type(pipe).from_pretrained("base", safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "output_type": "np"}
+    images = [stock("0.1", generator=torch.Generator().manual_seed(0), **call).images]
+    stock.load_lora_weights("run/lora")
+    images.append(stock("0.1", generator=torch.Generator().manual_seed(0), **call).images)
+    assert abs(images[0] - images[1]).max() > 0
+    assert json.loads(Path("run/lora/policy.json").read_text())["averaged"]
+    again = train(CONFIG, out="more", **changes | {"policy": {"use": "lora", "start": "run/lora"}, "train.steps": 2})
+    assert rows("more", "evaluations")[0]["kl"] > 0  # it starts from the LoRA, not from the base
+    assert again.step == 2
+    assert 'load_lora_weights("lora")' in Path("run/README.md").read_text()
+
+
+def test_measures_of_images():
+    flat = torch.full((2, 3, 8, 8), 0.5)
+    assert look_of(flat) == {"sharpness": 0, "saturation": 0}
+    striped = flat.clone()
+    striped[..., ::2] = 1.0
+    red = flat * torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    assert look_of(striped)["sharpness"] == pytest.approx(1.0)
+    assert look_of(red)["saturation"] == pytest.approx(0.5)
+    features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [3.0, 0.0]])
+    assert float(pairwise_distance(features, 2)) == pytest.approx(0.5)
+
+
+def test_the_command_plans_trains_and_refuses(here, cli):
+    torch.manual_seed(0)
+    FAMILIES["sd"]().pipe.save_pretrained("base")
+    config = {
+        **CONFIG,
+        "model": {"use": "base"},
+        "policy": {"rank": 2},
+        "prompts": CONFIG["prompts"] | {"per_round": 1},
+    }
+    config["method"] = CONFIG["method"] | {"group": 2, "batch_size": 2, "steps": 2}
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    words = ("train.steps=2", "evaluate.steps=1", "evaluate.images=1", "evaluate.kl_images=1", "out=run")
+    code, out, _ = cli("train", "run.yaml", *words, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["images"] == 2
+    assert not Path("run").exists()
+    code, out, _ = cli("train", "run.yaml", *words)
+    assert code == 0
+    assert "the weights of step 2 are in run/lora" in out
+    code, _, err = cli("train", "run.yaml", *words)
+    assert (code, "--resume" in err) == (2, True)
+    code, _, err = cli("train", "run.yaml", "method.gruop=3")
+    assert (code, "Did you mean 'group'" in err) == (2, True)
+
+
+class Leaky(GRPO):
+    def losses(self, ctx, batch):
+        for term in super().losses(ctx, batch):
+            with self.policy.reference():
+                yield Term(term.loss.detach().requires_grad_(), term.stats)
+
+
+def test_a_term_yielded_inside_a_context_is_refused(here):
+    with pytest.raises(PolicyError, match="the yield of a loss term"):
+        run(changes={"method.use": "tests.test_run:Leaky"})
