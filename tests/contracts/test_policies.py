@@ -11,7 +11,7 @@ from t2i_align.policy import Policy, PolicyError
 from t2i_align.policy.artefacts import is_portable
 from tests.families import FAMILIES, PROMPTS
 
-WITHOUT_LAYERS = {"toy", "toy-flow"}  # a closed form
+WITHOUT_LAYERS = ("toy", "toy-flow")  # a closed form
 ADAPTABLE = [name for name in FAMILIES if name not in WITHOUT_LAYERS]
 # Layers whose output nothing reads: the text stream of a last block, attention over a single token.
 IDLE = ("add_q_proj", "to_add_out", "add_time_condition.attention")
