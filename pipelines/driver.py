@@ -26,7 +26,7 @@ from t2i_align.pipelines.driven import keep_last, no_rows, show
 from t2i_align.pipelines.encoding import Encoder
 from t2i_align.pipelines.grid import Grid, Point
 from t2i_align.pipelines.indexed import needs_index
-from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, output_to_x0_eps
+from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, join_steps, output_to_x0_eps
 from t2i_align.trajectory import Trajectory
 
 __all__ = ["Driver", "DriverError"]
@@ -229,7 +229,7 @@ class Driver(Encoder):
         latents, log_probs, stochastic = [x], [], []
         for row, each in enumerate(kernels):
             chunks = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
-            made = _concatenate([self.step(x[rows], row, cond[rows], steps, each, **call) for rows in chunks])
+            made = join_steps([self.step(x[rows], row, cond[rows], steps, each, **call) for rows in chunks])
             x = self.draw(made.q, row, steps, seed, ids, **call)
             log_probs.append(made.q.log_prob(x))
             if on_step is not None:
@@ -438,13 +438,6 @@ def _split(at: At, values: Tensor) -> Iterator[tuple[list[int], At]]:
     for value in values.unique():
         mine = (values == value).nonzero()[:, 0].tolist()
         yield mine, Point(*(part[mine[0]] for part in at)) if isinstance(at, Point) else int(value)
-
-
-def _concatenate(steps: list[Step]) -> Step:
-    if len(steps) == 1:
-        return steps[0]
-    q = Gaussian(torch.cat([s.q.mean for s in steps]), steps[0].q.std)  # one row of the grid: one std
-    return Step(torch.cat([s.x0 for s in steps]), torch.cat([s.eps for s in steps]), q)
 
 
 def _denormalize_straight_through(images: Tensor) -> Tensor:

@@ -61,6 +61,14 @@ class Step(NamedTuple):
     q: Gaussian
 
 
+def join_steps(steps: list[Step]) -> Step:
+    """The steps of chunks of samples at one row of the grid as one."""
+    if len(steps) == 1:
+        return steps[0]
+    q = Gaussian(torch.cat([s.q.mean for s in steps]), steps[0].q.std)  # one row of the grid: one std
+    return Step(torch.cat([s.x0 for s in steps]), torch.cat([s.eps for s in steps]), q)
+
+
 def output_to_x0_eps(output: Tensor, x: Tensor, at: Level, prediction: str) -> tuple[Tensor, Tensor]:
     """Network output -> (x0, eps).
 

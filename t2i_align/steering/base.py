@@ -21,7 +21,7 @@ from t2i_align.errors import T2IError
 from t2i_align.keys import generator, key
 from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.driver import Driver, noise_of
-from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde
+from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, join_steps
 from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards.base import Scorer, Scores
 
@@ -334,14 +334,6 @@ class Steering(Settings):
 def chunks(count: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover `count` rows."""
     return (slice(first, min(first + size, count)) for first in range(0, count, size))
-
-
-def join_steps(steps: list[Step]) -> Step:
-    """The steps of chunks of samples at one row of the grid as one."""
-    if len(steps) == 1:
-        return steps[0]
-    q = steps[0].q._replace(mean=torch.cat([s.q.mean for s in steps]))  # one row of the grid: one std
-    return Step(torch.cat([s.x0 for s in steps]), torch.cat([s.eps for s in steps]), q)
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from t2i_align.keys import generator
 from t2i_align.pipelines.cond import Cond
-from t2i_align.pipelines.kernels import Kernel, Step
+from t2i_align.pipelines.kernels import Kernel, Step, join_steps
 from t2i_align.prompts import Prompts
-from t2i_align.steering.base import Ctx, SteeringError, chunks, join_steps
+from t2i_align.steering.base import Ctx, SteeringError, chunks
 
 SCORER_SCALE = 256.0  # of the loss inside scorers in half precision; a power of two costs no digits
 
