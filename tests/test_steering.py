@@ -205,7 +205,7 @@ def test_steering_a_real_pipeline_raises_the_reward():
 
 
 def test_previews_by_a_small_decoder():
-    """Rewards along the way see its pictures, final ones those of the pipeline; decoders of other latents are refused."""
+    """Rewards along the way see its pictures, final ones the pipeline's; decoders of other latents are refused."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)

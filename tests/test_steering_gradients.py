@@ -16,7 +16,6 @@ from t2i_align.steering import Ctx, SteeringError, load_method, steer
 from t2i_align.steering.das import Particles, propose
 from t2i_align.steering.gradients import Queries, latent_gradient, pull, step_gradient
 from t2i_align.steering.noise import adam, chi, chi_gradient, climb
-from tests.families import FAMILIES
 from tests.test_steering import end_variance, moments
 
 STEPS, C = 8, 1.0

@@ -144,7 +144,13 @@ def check_steering(
 
     if steer is not None and not rewards:
         raise T2IError('Expected --rewards with --steer, such as --rewards "2 * pickscore + image_reward".')
-    given = {"--rewards": rewards, "--kernel": kernel, "--decoder": decoder, "--save-pairs": save_pairs, " ".join(settings): settings}
+    given = {
+        "--rewards": rewards,
+        "--kernel": kernel,
+        "--decoder": decoder,
+        "--save-pairs": save_pairs,
+        " ".join(settings): settings,
+    }
     if steer is None and (idle := [name for name, value in given.items() if value]):
         raise T2IError(f"Expected --steer METHOD with {', '.join(idle)}; `--steer fk` is a good first choice.")
 

@@ -101,8 +101,8 @@ def steer(
         kernel: of the reverse steps, `ddim(1.0)` or the like; the method's own default if None.
         seed: decides the result.
         max_batch: samples that go through the network together.
-        decoder: a small autoencoder for the rewards along the way: a folder, a hub id such as `madebyollin/taesd` or the
-            module; what is returned is decoded by the pipeline's own.
+        decoder: a small autoencoder for the rewards along the way: a folder, a hub id such as `madebyollin/taesd`, or
+            the module; what is returned is decoded by the pipeline's own.
         call: other keywords of the pipeline's `__call__`.
         options: settings of the method (`particles=8`).
 
