@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 TEXTS = 4096  # texts whose features a tower remembers
+CPU_PIXELS = 4 * 224**2  # that a CPU encodes together: the activations of more pictures fall out of its cache
 
 
 class Preprocessing(NamedTuple):
@@ -148,7 +149,9 @@ class Tower(nn.Module):
 
     def _encode_images(self, images: Tensor) -> Tensor:
         pixels = self.preprocessing(images.float()).to(self.dtype)
-        return F.normalize(self.encode_image(self.network, pixels).float(), dim=-1)
+        together = max(1, CPU_PIXELS // pixels[0, 0].numel()) if pixels.device.type == "cpu" else len(pixels)
+        features = torch.cat([self.encode_image(self.network, part) for part in pixels.split(together)])
+        return F.normalize(features.float(), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (B, D), fp32; each different text is encoded once, and remembered. Warns of texts it cuts."""

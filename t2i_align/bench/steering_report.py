@@ -163,15 +163,15 @@ def findings(lines: Sequence[Line], spreads: Mapping[str, Mapping[str, float]], 
 
 
 def _against_best_of_n(lines: Sequence[Line], kind: str, what: str) -> Iterator[str]:
-    """How each gold-steered method at the largest budget compares with best-of-n at that budget, prompt by prompt."""
-    budget = f"{max(BUDGETS)}x"
-    same = [line for line in lines if line.reward == GOLD and line.budget == budget]
-    other = next((line for line in same if line.label == "best_of_n"), None)
-    for line in same:
-        if other is not None and line is not other:
-            gain = estimate(_differences(line, other, "gold", kind))
-            verdict = "better" if gain.sure and gain.mean > 0 else "worse" if gain.sure else "not distinguishable"
-            yield f"{line.label} at {budget}, {what} prompts: gold {gain} against best-of-n ({verdict})."
+    """How each gold-steered method compares with best-of-n at its budget, prompt by prompt."""
+    steered = [line for line in lines if line.reward == GOLD]
+    for other in (line for line in steered if line.label == "best_of_n"):
+        yield f"best_of_n at {other.budget}, {what} prompts: gold {estimate(other.of_kind('gold', kind))}, at most 1."
+        for line in steered:
+            if line is not other and (line.pipeline, line.budget) == (other.pipeline, other.budget):
+                gain = estimate(_differences(line, other, "gold", kind))
+                verdict = "better" if gain.sure and gain.mean > 0 else "worse" if gain.sure else "not distinguishable"
+                yield f"{line.label} at {line.budget}, {what} prompts: gold {gain} against best-of-n ({verdict})."
 
 
 def _differences(line: Line, other: Line, name: str, kind: str | None = None) -> list[float]:

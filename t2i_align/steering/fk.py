@@ -60,7 +60,9 @@ class FK(Steering):
     rows: tuple[int, ...] | None = Field(
         None, description="rows of the grid at which rewards are computed; null: by `every`, `first` and `last`"
     )
-    every: int | None = Field(None, gt=0, description="rows between two of them; null: a tenth of the run")
+    every: int | None = Field(
+        None, gt=0, description="rows between two of them; null: a fifth of the run, as published"
+    )
     first: float = Field(0.2, ge=0, le=1, description="share of the run before the first")
     last: float = Field(0.8, ge=0, le=1, description="share of the run before the last")
     resampling: Literal["systematic", "multinomial"] = Field("systematic", description="how offspring are drawn")
@@ -77,7 +79,7 @@ class FK(Steering):
         """Rows of a run at which rewards are computed."""
         if self.rows is not None:
             return tuple(sorted({row % rows for row in self.rows}))
-        every = self.every or max(1, round(rows / 10))
+        every = self.every or max(1, round(rows / 5))
         return tuple(range(round(self.first * rows), min(rows, round(self.last * rows) + 1), every))
 
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
