@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ddpo": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "clip": 3e-3, "buffer": 32}},
     "grpo": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "clip": 3e-3}},
     "d3po": {"method": {"group": 4, "epochs": 1, "minibatches": 2, "beta": 0.1}, "prompts": {"per_round": 32}},
-    "prdp": {"method": {"group": 16, "epochs": 2, "minibatches": 1, "beta": 3e-5, "eps": 3e-3}},
+    "prdp": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "beta": 3e-5, "eps": 3e-3}},
 }
 
 BY_REWARD: dict[str, dict[str, Any]] = {
