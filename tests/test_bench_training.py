@@ -20,8 +20,8 @@ from t2i_align.bench.training_report import (
 from t2i_align.config import ConfigError
 from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
-from t2i_align.playground.world import split_of
 from t2i_align.playground.grammar import parse
+from t2i_align.playground.world import split_of
 
 QUICK = (
     *("method.group=2", "method.batch_size=2", "method.steps=2", "prompts.per_round=2", "prompts.size=4"),
@@ -55,7 +55,14 @@ def test_settings_lie_over_each_other():
 
 
 def test_settings_to_try(tmp_path):
-    cell = Cell("prdp", "gold", 1, 64, label="rate", words=("train.learning_rate=1e-5", "prompts.per_round=2"))
+    cell = Cell(
+        "prdp",
+        "gold",
+        1,
+        64,
+        label="rate",
+        words=("train.learning_rate=1e-5", "prompts.per_round=2", "method.batch_size=16"),
+    )
     config = cell.config(tmp_path)
     assert (config.train.learning_rate, config.train.seed) == (1e-5, 1)
     assert config.train.steps == 2 * config.method["epochs"] * config.method["minibatches"]
