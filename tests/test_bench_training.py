@@ -87,7 +87,8 @@ def test_a_run_takes_several_calls_and_is_judged_once(tmp_path):
     cell = Cell("grpo", "gold", 0, 8, label="quick", words=QUICK)
 
     def call(minutes=20.0, prompts=2):
-        return Bench(tmp_path / "out", tmp_path / "runs", prompts, minutes)
+        one_step = {name: {"num_inference_steps": 1, "guidance_scale": 1.0} for name in SAMPLERS}
+        return Bench(tmp_path / "out", tmp_path / "runs", prompts, minutes, one_step)
 
     assert call().progress(cell) == "to do"
     assert call(minutes=0).run(cell) is None
@@ -107,7 +108,7 @@ def test_a_run_takes_several_calls_and_is_judged_once(tmp_path):
     assert (path.parent / "after.png").is_file()
     base = call().base()
     assert set(base["scores"]["own"]) == {"train", "heldout"}
-    assert base["scores"]["own"]["train"]["gold"] != result["scores"]["own"]["train"]["gold"]
+    assert base["scores"]["own"]["train"]["pick"] != result["scores"]["own"]["train"]["pick"]
     with pytest.raises(T2IError, match="other prompts or images"):
         call(prompts=4).run(cell)
 
@@ -159,7 +160,9 @@ def test_floors_in_words():
         run("grpo", "gold-jpeg", 0, {"hypervolume": 0.1}),
         run("grpo", "gold-jpeg", 0, {"hypervolume": 0.4}, variant="grpo-pareto"),
     ]
-    said = "\n".join(findings(table_lines(results), BASE))
+    lines = table_lines(results)
+    assert [line.reward for line in lines] == ["gold", "gold", "pick", "jpeg", "jpeg", "gold-jpeg", "gold-jpeg"]
+    said = "\n".join(findings(lines, BASE))
     assert "0.6 is reached" in said.splitlines()[0]
     assert "0.6 is not reached" in said.splitlines()[1]
     assert "grpo on gold: train-split gold +0.120 ± 0.000 (above 0)" in said

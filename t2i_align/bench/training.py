@@ -57,7 +57,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 LOOKS, POINTS = 6, 40  # evaluations of a run after its start, points of its reward curve
 CHECKPOINT_ROUNDS = 10
-EVALUATION = 5.0  # minutes that the evaluation of a cell takes, at most, on two cores
+EVALUATION = 6.0  # minutes that the evaluation of a cell takes on two cores
 SHOWN, COLUMNS = 16, 8  # prompts in a picture grid
 
 Result = dict[str, Any]
@@ -133,13 +133,15 @@ def cells(images: int = IMAGES, seeds: int = 3) -> list[Cell]:
 class Bench:
     """The bench's settings and what its cells share; networks load on first use.
 
-    `out`: folder of the results; `work`: of the runs; `prompts`: of each split; `minutes`: that a call may take.
+    `out`: folder of the results; `work`: of the runs; `prompts`: of each split; `minutes`: that a call may take;
+    `samplers`: keywords of the pipeline by the names that they have in results.
     """
 
     out: Path
     work: Path
     prompts: int = 200
     minutes: float = 20.0
+    samplers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SAMPLERS)
     began: float = field(default_factory=time.monotonic)
     loaded: dict[str, Scorer] = field(default_factory=dict)
 
@@ -188,7 +190,8 @@ class Bench:
             return self._known(path, cell)
         config = cell.config(self.work / cell.name)
         done = self._train(config)
-        if done.step < config.train.steps or self.left < min(EVALUATION, self.minutes / 2):
+        missing = 1 if (self.out / "base.json").is_file() else 2  # evaluations
+        if done.step < config.train.steps or self.left < min(missing * EVALUATION, self.minutes / 2):
             return None
         self.base()
         result = self._describe(cell, config)
@@ -249,10 +252,10 @@ class Bench:
         """Scores of a pipeline by sampler, split and name, one number per prompt; first images of the train split."""
         made: Measured = {}
         pictures: list[Image.Image] = []
-        for sampler, call in SAMPLERS.items():
+        for sampler, call in self.samplers.items():
             made[sampler] = {}
             for split in splits:
-                table, keywords = self.prompts_of(split), call_keywords(PIPELINE) | call
+                table, keywords = self.prompts_of(split), call_keywords(PIPELINE) | dict(call)
                 label = f"drawing {split} images, {sampler} sampler"
                 images = draw(pipe, table, EACH, NOISE_SEED, BATCH, label, **keywords)
                 made[sampler][split] = self.judge(images, table)

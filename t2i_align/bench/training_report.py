@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.stats import t as student
 
 from t2i_align.bench.pages import Picture, fill_in
+from t2i_align.bench.recipes import REWARDS
 from t2i_align.bench.steering_report import Estimate, estimate
 from t2i_align.bench.training import EACH, SAMPLERS, WORST
 from t2i_align.report import write_report
@@ -51,7 +52,7 @@ class Line(NamedTuple):
 def table_lines(results: Sequence[Result]) -> list[Line]:
     """The runs by reward and method."""
     found: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: list(REWARDS).index(result["reward"])):
         found.setdefault((result["reward"], result["variant"] or result["method"]), []).append(result)
     return [Line(label, reward, runs) for (reward, label), runs in found.items()]
 
