@@ -105,7 +105,8 @@ def training(
         if run.run(cell) is None:
             print("time is up: call again to go on", file=sys.stderr)
             break
-    done = [run.run(cell) for cell in cells(images, seeds) if run.path(cell).is_file()]
+    there = [cell for cell in cells(images, seeds) if run.path(cell).is_file()]
+    done = [result for cell in there if (result := run.run(cell)) is not None]
     if done:
         from t2i_align.bench.training_report import write_pages
 
