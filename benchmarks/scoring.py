@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from t2i_align.rewards import Scorer
+from t2i_align.rewards import Scorer, encoders
 from t2i_align.rewards.clip import CLIP
 from t2i_align.rewards.tower import Preprocessing, Tower, TowerSpec
 from t2i_align.scoring import Row, open_rows, score_file
@@ -52,8 +52,8 @@ def random_tower(name, device):
         TowerSpec(name, "random"),
         network,
         Preprocessing(size, tuple(how["mean"]), tuple(how["std"])),
-        lambda network, pixels: network.encode_image(pixels),
-        lambda network, tokens: network.encode_text(tokens),
+        encoders.open_clip_image,
+        encoders.open_clip_text,
         tokenise,
         lambda text: 0,
     )
@@ -98,9 +98,9 @@ class Cases:
 
     @torch.no_grad()
     def bare(self):
-        parts = [self.tower.network.encode_image(part) for part in self.batch.split(self.size)]
+        parts = [encoders.open_clip_image(self.tower.network, part) for part in self.batch.split(self.size)]
         image = F.normalize(torch.cat(parts), dim=-1)
-        text = F.normalize(self.tower.network.encode_text(self.tokens), dim=-1)
+        text = F.normalize(encoders.open_clip_text(self.tower.network, self.tokens), dim=-1)
         return image.mm(text.T).max().item()
 
     def job(self, names=("a",), dtype="fp32"):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from t2i_align.pipelines.catalog import call_defaults, call_keywords, card_of, check_call
     from t2i_align.pipelines.driver import Driver
     from t2i_align.pipelines.kernels import Gaussian, Kernel, cps, dance_sde, ddim, flow_sde, load_kernel, ode, per_dim
-    from t2i_align.pipelines.loading import load_pipeline
+    from t2i_align.pipelines.loading import load_pipeline, preview_pipeline
     from t2i_align.pipelines.models import PipelineError
 
 _CATALOG = ("call_defaults", "call_keywords", "card_of", "check_call")
@@ -18,6 +18,7 @@ _LAZY = {
     "Driver": "t2i_align.pipelines.driver",
     "PipelineError": "t2i_align.pipelines.models",
     "load_pipeline": "t2i_align.pipelines.loading",
+    "preview_pipeline": "t2i_align.pipelines.loading",
     **dict.fromkeys(_CATALOG, "t2i_align.pipelines.catalog"),
     **dict.fromkeys(_KERNELS, "t2i_align.pipelines.kernels"),
 }
@@ -38,6 +39,7 @@ __all__ = [
     "load_pipeline",
     "ode",
     "per_dim",
+    "preview_pipeline",
 ]
 
 

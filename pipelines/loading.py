@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ __all__ = [
     "default_dtype",
     "find_pipeline",
     "load_pipeline",
+    "preview_pipeline",
 ]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OFFLOAD = ("model", "sequential")
@@ -120,6 +122,28 @@ def load_pipeline(
     if attention:
         set_attention(loaded, attention)
     return _settle(loaded, target, offload, vae_slicing, vae_tiling)
+
+
+def preview_pipeline(pipe: DiffusionPipeline, decoder: Any, local_files_only: bool = False) -> DiffusionPipeline:
+    """A copy of an open pipeline, its networks shared, that decodes by another, smaller autoencoder.
+
+    Args:
+        pipe: left as it is.
+        decoder: a folder or hub id of a diffusers autoencoder, such as `madebyollin/taesd` (an `AutoencoderTiny`
+            trained on SD 1.x latents; each latent space has its own), or the module.
+        local_files_only: leave the network alone.
+
+    Raises:
+        PipelineError: a pipeline without an autoencoder, no such autoencoder, or one of other latents.
+    """
+    own = getattr(pipe, "vae", None)
+    if own is None:
+        raise PipelineError(f"{type(pipe).__name__} has no autoencoder, so that no other can decode its latents.")
+    source = parts.find_vae(decoder, local_files_only) if isinstance(decoder, (str, Path)) else decoder
+    small = parts.open_autoencoder(source, own.config.get("latent_channels"), own.dtype)
+    made = copy.copy(pipe)
+    made.__dict__["vae"] = small.to(pipe._execution_device).eval().requires_grad_(False)
+    return made
 
 
 def default_dtype(pipeline: str | Path, device_type: str) -> str:
@@ -258,6 +282,12 @@ def _settle(
     pipe: DiffusionPipeline, target: torch.device, offload: str | None, slicing: bool, tiling: bool
 ) -> DiffusionPipeline:
     """Put a pipeline where it works."""
+    import torch
+
+    if target.type == "cpu":  # where convolutions are a quarter faster in this layout
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(memory_format=torch.channels_last)
     try:
         if slicing:
             pipe.vae.enable_slicing()

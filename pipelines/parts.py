@@ -160,20 +160,26 @@ def open_vae(vae: Any, folder: Path, dtype: torch.dtype) -> ModelMixin:
     Raises:
         PipelineError: a pipeline without an autoencoder, one of another number of latent channels, or no autoencoder.
     """
+    if "vae" not in read_index(folder):
+        raise PipelineError(f"The pipeline {folder} has no autoencoder that could be replaced.")
+    return open_autoencoder(vae, _config(folder / "vae").get("latent_channels"), dtype)
+
+
+def open_autoencoder(vae: Any, channels: int | None, dtype: torch.dtype) -> ModelMixin:
+    """An autoencoder from its folder, or as it was given.
+
+    Raises:
+        PipelineError: another number of latent channels than `channels`, or no autoencoder.
+    """
     from diffusers import AutoModel, ModelMixin
     from safetensors import SafetensorError
 
-    if "vae" not in read_index(folder):
-        raise PipelineError(f"The pipeline {folder} has no autoencoder that could be replaced.")
     if not isinstance(vae, (Path, ModelMixin)):
         raise PipelineError(f"Expected vae to be a folder, a hub id or a diffusers autoencoder but got {vae!r:.80}.")
-    own = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")).get("latent_channels")
-    config = (
-        vae.config if isinstance(vae, ModelMixin) else json.loads((vae / "config.json").read_text(encoding="utf-8"))
-    )
-    if config.get("latent_channels") != own:
+    config = vae.config if isinstance(vae, ModelMixin) else _config(vae)
+    if config.get("latent_channels") != channels:
         found = f"{type(vae).__name__ if isinstance(vae, ModelMixin) else vae} has {config.get('latent_channels')}"
-        raise PipelineError(f"Expected an autoencoder of {own} latent channels but {found}.")
+        raise PipelineError(f"Expected an autoencoder of {channels} latent channels but {found}.")
     if isinstance(vae, ModelMixin):
         return vae
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i_align.rewards import encoders
 from t2i_align.rewards.expression import RewardError
 from t2i_align.rewards.tower import TOWERS, Preprocessing, Tower, TowerSpec
 
@@ -81,7 +82,7 @@ def _open_clip(spec: TowerSpec) -> Tower:
         (fill if isinstance(fill, int) else fill[0]) / 255,
     )
     return Tower(
-        spec, network, spec.preprocessing or preprocessing, _encode_image_open_clip, _encode_text_open_clip, tokenise,
+        spec, network, spec.preprocessing or preprocessing, encoders.open_clip_image, encoders.open_clip_text, tokenise,
         length,
     )  # fmt: skip
 
@@ -106,14 +107,6 @@ def _needs_quick_gelu(spec: TowerSpec) -> bool:
     return trained.get("quick_gelu", False)
 
 
-def _encode_image_open_clip(network: Any, pixels: Tensor) -> Tensor:
-    return network.encode_image(pixels)
-
-
-def _encode_text_open_clip(network: Any, tokens: Tensor) -> Tensor:
-    return network.encode_text(tokens)
-
-
 def _transformers(spec: TowerSpec) -> Tower:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
@@ -133,7 +126,8 @@ def _transformers(spec: TowerSpec) -> Tower:
         return len(tokeniser(text).input_ids)
 
     preprocessing = spec.preprocessing or _read_processor(CLIPImageProcessor.from_pretrained(processor))
-    return Tower(spec, network, preprocessing, _encode_image_transformers, _encode_text_transformers, tokenise, length)
+    encode = encoders.transformers_image, encoders.transformers_text
+    return Tower(spec, network, preprocessing, *encode, tokenise, length)
 
 
 def _read_processor(processor: Any) -> Preprocessing:
@@ -147,17 +141,3 @@ def _read_processor(processor: Any) -> Preprocessing:
         (crop["height"], crop["width"]), tuple(processor.image_mean), tuple(processor.image_std), "shortest",
         RESAMPLE[int(processor.resample)],
     )  # fmt: skip
-
-
-def _encode_image_transformers(network: Any, pixels: Tensor) -> Tensor:
-    return _pooled(network.get_image_features(pixel_values=pixels))
-
-
-def _encode_text_transformers(network: Any, tokens: Tensor) -> Tensor:
-    # All positions are attended to: behind the causal mask, padding after the end does not reach the pooled token.
-    return _pooled(network.get_text_features(input_ids=tokens))
-
-
-def _pooled(output: Any) -> Tensor:
-    """The projected vector: transformers 5 returns an output object, 4 a tensor."""
-    return output if isinstance(output, Tensor) else output.pooler_output

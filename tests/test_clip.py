@@ -18,7 +18,7 @@ from t2i_align.playground.data import ScenePool
 from t2i_align.playground.judged import distinct_prompts
 from t2i_align.playground.tokenizer import build_tokenizer
 from t2i_align.playground.world import sample_scenes
-from t2i_align.rewards import RewardError, load_reward
+from t2i_align.rewards import RewardError, encoders, load_reward
 from t2i_align.rewards.checkpoints import load_tower, missing_weights
 from t2i_align.rewards.clip import CLIP, TowerScorer
 from t2i_align.rewards.tiny import CLIP_FOLDER, TinyCLIP
@@ -394,3 +394,26 @@ def test_the_command_trains_refuses_an_old_folder_and_goes_on(cli, tmp_path):
     code, _, err = cli(*command, "--resume", "batch=9")
     assert code != 0
     assert "batch" in err
+
+
+@pytest.mark.parametrize("pool", ["tok", "avg"])
+def test_open_clip_features_are_the_librarys_own(pool):
+    """Cut texts and a last block for one token change nothing but rounding, nor do gradients to the pixels."""
+    import open_clip
+
+    torch.manual_seed(0)
+    vision = open_clip.CLIPVisionCfg(layers=3, width=64, head_width=16, patch_size=8, image_size=32, pool_type=pool)
+    text = open_clip.CLIPTextCfg(context_length=20, vocab_size=50, width=32, heads=2, layers=2)
+    network = open_clip.CLIP(16, vision, text).eval().requires_grad_(False)
+    pixels = torch.rand(3, 3, 32, 32, requires_grad=True)
+    tokens = torch.zeros(3, 20, dtype=torch.long)
+    for row, length in enumerate((2, 9, 20)):
+        tokens[row, : length - 1] = torch.randint(1, 49, (length - 1,))
+        tokens[row, length - 1] = 49
+    ours, theirs = encoders.open_clip_image(network, pixels), network.encode_image(pixels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(made.square().sum(), pixels)[0] for made in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+    for rows in (slice(0, 2), slice(0, 3)):
+        found, expected = encoders.open_clip_text(network, tokens[rows]), network.encode_text(tokens[rows])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

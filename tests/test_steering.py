@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from t2i_align.errors import T2IError
-from t2i_align.pipelines.driver import Driver
+from t2i_align.pipelines import Driver, PipelineError, load_pipeline
 from t2i_align.pipelines.kernels import ddim, flow_sde, ode
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.prompts import Prompts
@@ -202,6 +202,37 @@ def test_steering_a_real_pipeline_raises_the_reward():
     assert result.totals.mean() > base.totals.mean()
     assert len(result.pil()) == 2
     assert result.cost.seconds > 0
+
+
+def test_previews_by_a_small_decoder():
+    """Rewards along the way see its pictures, final ones the pipeline's; decoders of other latents are refused."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    shape = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    small = AutoencoderTiny(latent_channels=8, **shape, **blocks)
+    seen = []
+
+    def first_red(images):
+        seen.append(images)
+        return images[:, 0].mean((1, 2))
+
+    pipe = load_pipeline("tiny-sd")
+    vae = pipe.vae
+    results = [
+        steer(pipe, "two green stars", first_red, "fk", particles=2, steps=4, rows=(1,), decoder=decoder)
+        for decoder in (small, None)
+    ]
+    assert pipe.vae is vae
+    with torch.no_grad():
+        final = Driver(pipe).decode(results[0].latents.flatten(0, 1))
+    torch.testing.assert_close(results[0].images.flatten(0, 1), final)
+    assert (seen[0] - seen[2]).abs().mean() > 0.05  # previews of the same latents by the small decoder and by its own
+    with pytest.raises(PipelineError, match="Expected an autoencoder of 8 latent channels"):
+        steer(pipe, "two green stars", first_red, "fk", decoder=AutoencoderTiny())
+    with pytest.raises(PipelineError, match="There is no autoencoder nowhere"):
+        steer(pipe, "two green stars", first_red, "fk", decoder="nowhere")
 
 
 def test_unknown_methods_and_settings_are_refused():

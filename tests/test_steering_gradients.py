@@ -16,7 +16,6 @@ from t2i_align.steering import Ctx, SteeringError, load_method, steer
 from t2i_align.steering.das import Particles, propose
 from t2i_align.steering.gradients import Queries, latent_gradient, pull, step_gradient
 from t2i_align.steering.noise import adam, chi, chi_gradient, climb
-from tests.families import FAMILIES
 from tests.test_steering import end_variance, moments
 
 STEPS, C = 8, 1.0
@@ -489,39 +488,6 @@ def test_half_precision_has_the_same_gradient():
     cosine = torch.cosine_similarity(*(gradient / gradient.norm(dim=1, keepdim=True) for gradient in found))
     print(cosine)
     assert (cosine > 0.999).all()
-
-
-# All of them, by name
-
-
-METHODS = [
-    ("das", {}),
-    ("guidance", {}),
-    ("guidance", {"jacobian": "cheap", "form": "dps", "clip": 0.1}),
-    ("reno", {"iterations": 3}),
-    ("dno", {"iterations": 2, "permutations": 2}),
-    ("dno", {"iterations": 2, "permutations": 2, "noises": "start", "gradient": "hybrid", "queries": 2}),
-]
-
-
-@pytest.mark.parametrize("family", ["sd", "sd3", "toy-flow"])
-@pytest.mark.parametrize(("method", "options"), METHODS)
-def test_families_are_steered(family, method, options):
-    made = FAMILIES[family]()
-    exact = options.get("gradient") != "hybrid"
-    reward = FunctionScorer(lambda images: -(images - 0.3).square().mean((1, 2, 3)), differentiable=exact)
-    chosen = load_method(method, particles=2, **options)
-    assert chosen.needs_gradient == exact
-    ctx = Ctx(Driver(made.pipe, **made.call), reward, made.steps, max_batch=2)
-    result = chosen(ctx, Prompts.of(["a red circle", "a cat"]))
-    assert result.images.shape[:3] == (2, 2, 3)
-    assert result.images.isfinite().all()
-    torch.testing.assert_close(result.log_weight.exp().sum(1), torch.ones(2, dtype=torch.float64))
-    first, last = (torch.tensor(ctx.history[i]["rewards"]) for i in (0, -1))
-    assert first.shape == last.shape == (2, 2)
-    if method in ("reno", "dno"):
-        assert (result.totals >= first - 1e-6).all()
-    assert result.cost.decode_backwards or not exact
 
 
 def test_reno_raises_the_reward_of_a_real_pipeline():

@@ -82,7 +82,7 @@ def _cell_line(result: Result) -> Line:
     values["diversity"] = [row["diversity"] for row in result["rows"]]
     budget = "-" if result["budget"] is None else f"{result['budget']}x"
     cost, label = result["cost"], result["label"] or result["method"]
-    own = (result["pipeline"], label, result["reward"], budget, result["charge"], cost["forwards"], cost["seconds"])
+    own = (result["pipeline"], label, result["reward"], budget, result["charge"], cost["forwards"], result["seconds"])
     return Line(*own, values, result["kinds"])
 
 

@@ -40,6 +40,9 @@ def generate(
     kernel: Annotated[
         str | None, Option(help="Of steered steps: ddim(1.0), flow_sde(0.7), ode. [default: the method's own]")
     ] = None,
+    decoder: Annotated[
+        str | None, Option(help="Folder or hub id of a small autoencoder for rewards along the way: madebyollin/taesd.")
+    ] = None,
     save_pairs: Annotated[
         Path | None, Option(help="Folder for the best and worst image of each steered prompt, as preference pairs.")
     ] = None,
@@ -79,7 +82,7 @@ def generate(
     from t2i_align.pipelines.catalog import check_pipeline
     from t2i_align.prompts import read_prompts
 
-    check_steering(steer, rewards, settings or [], kernel, save_pairs)
+    check_steering(steer, rewards, settings or [], kernel, decoder, save_pairs)
     download = check_pipeline(pipeline, revision)
     table, loras = read_prompts(prompts), [read_lora(word) for word in lora or []]
     job: dict[str, Any] = {
@@ -117,7 +120,7 @@ def generate(
     from t2i_align.steering.job import SteerJob, read_method, run_steer
 
     name, resolved = read_method(steer, settings or [], particles)
-    steered = SteerJob(**job, steer=name, settings=resolved, rewards=rewards or "", kernel=kernel)
+    steered = SteerJob(**job, steer=name, settings=resolved, rewards=rewards or "", kernel=kernel, decoder=decoder)
     rows = run_steer(steered, out, max_batch=batch_size, save_pairs=save_pairs, **run)
     best = [row["reward"] for row in rows if row["is_best"]]
     print(
@@ -129,14 +132,25 @@ def generate(
 
 
 def check_steering(
-    steer: str | None, rewards: str | None, settings: list[str], kernel: str | None, save_pairs: Path | None
+    steer: str | None,
+    rewards: str | None,
+    settings: list[str],
+    kernel: str | None,
+    decoder: str | None,
+    save_pairs: Path | None,
 ) -> None:
     """Refuse options of steering without it, and steering without a reward."""
     from t2i_align.errors import T2IError
 
     if steer is not None and not rewards:
         raise T2IError('Expected --rewards with --steer, such as --rewards "2 * pickscore + image_reward".')
-    given = {"--rewards": rewards, "--kernel": kernel, "--save-pairs": save_pairs, " ".join(settings): settings}
+    given = {
+        "--rewards": rewards,
+        "--kernel": kernel,
+        "--decoder": decoder,
+        "--save-pairs": save_pairs,
+        " ".join(settings): settings,
+    }
     if steer is None and (idle := [name for name, value in given.items() if value]):
         raise T2IError(f"Expected --steer METHOD with {', '.join(idle)}; `--steer fk` is a good first choice.")
 

@@ -85,6 +85,7 @@ def steer(
     kernel: str | Any | None = None,
     seed: int = 0,
     max_batch: int = 16,
+    decoder: Any = None,
     call: dict[str, Any] | None = None,
     **options: Any,
 ) -> Steered:
@@ -100,6 +101,8 @@ def steer(
         kernel: of the reverse steps, `ddim(1.0)` or the like; the method's own default if None.
         seed: decides the result.
         max_batch: samples that go through the network together.
+        decoder: a small autoencoder for the rewards along the way: a folder, a hub id such as `madebyollin/taesd`, or
+            the module; what is returned is decoded by the pipeline's own.
         call: other keywords of the pipeline's `__call__`.
         options: settings of the method (`particles=8`).
 
@@ -107,7 +110,7 @@ def steer(
         T2IError: an unknown method, setting, pipeline or reward, or a reward that cannot serve the method; before
             weights are loaded where that can be known.
     """
-    from t2i_align.pipelines import Driver, call_keywords, load_kernel, load_pipeline
+    from t2i_align.pipelines import Driver, call_keywords, load_kernel, load_pipeline, preview_pipeline
 
     chosen = load_method(method, **options)
     check_gradient(chosen, reward)
@@ -115,6 +118,8 @@ def steer(
     check_gradient(chosen, judge)  # functions of scorers may have none of their own
     keywords = call_keywords(pipeline, steps, guidance) | (call or {})
     rows = keywords.pop("num_inference_steps", 20)
-    driver = Driver(load_pipeline(pipeline), **keywords)
-    ctx = Ctx(driver, judge, rows, None if kernel is None else load_kernel(kernel), seed, max_batch)
+    pipe = load_pipeline(pipeline)
+    ctx = Ctx(Driver(pipe, **keywords), judge, rows, None if kernel is None else load_kernel(kernel), seed, max_batch)
+    if decoder is not None:
+        ctx.decoder = Driver(preview_pipeline(pipe, decoder), **keywords).decode
     return chosen(ctx, Prompts.of(prompts))

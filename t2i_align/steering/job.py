@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from t2i_align.data.tables import write_table
 from t2i_align.devices import resolve_device
 from t2i_align.errors import T2IError
 from t2i_align.jobs import SHEET_ROWS, GenerateJob, call_notes, prompt_notes
-from t2i_align.pipelines import Driver, check_call, load_kernel
+from t2i_align.pipelines import Driver, check_call, load_kernel, preview_pipeline
 from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards import Scorer, check_reward, load_reward
 from t2i_align.runs import open_folder, read_jsonl, write_jsonl, write_text
 from t2i_align.scoring.views import write_pairs
 from t2i_align.steering import load_method, method_class
-from t2i_align.steering.base import Ctx, Steered, Steering
+from t2i_align.steering.base import Cost, Ctx, Steered, Steering
 from t2i_align.steering.checks import check_gradient
 from t2i_align.steering.live import LiveLines, slice_row
 from t2i_align.steering.plots import plot_history
@@ -41,6 +41,7 @@ class SteerJob(GenerateJob):
     settings: dict[str, Any] = Field(default_factory=dict, description="its settings, all of them")
     rewards: str = Field(description="what it maximises")
     kernel: str | None = Field(None, description="of the reverse steps; null: the method's own")
+    decoder: str | None = Field(None, description="a small autoencoder for rewards along the way; null: the own one")
 
     def method(self) -> Steering:
         """The method with its settings."""
@@ -112,6 +113,8 @@ def run_steer(
         print(f"note: {line}", file=sys.stderr)
     rows = call.pop("num_inference_steps", 20)
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
+    if job.decoder is not None:
+        ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call).decode
     _steer_windows(job, method, ctx, folder)
     return _finish(job, folder, save_pairs)
 
@@ -134,9 +137,8 @@ def _steer_windows(job: SteerJob, method: Steering, ctx: Ctx, folder: Path) -> N
     for first in range(0, len(todo), size):
         window = todo[first : first + size]
         with LiveLines(table[window].text, window[0], len(table), method.particles) as lines:
-            again = Ctx(ctx.driver, ctx.reward, ctx.steps, ctx.kernel, ctx.seed, ctx.max_batch)
-            again.repeats, again.on_step = [repeats[row] for row in window], lines
-            result = method(again, table[window])
+            fresh: dict[str, Any] = {"repeats": [repeats[row] for row in window], "cost": Cost(), "history": []}
+            result = method(replace(ctx, on_step=lines, **fresh), table[window])
         for at, row in enumerate(window):
             _save_prompt(job, folder, row, at, result)
 
