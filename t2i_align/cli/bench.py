@@ -100,16 +100,24 @@ def training(
         for cell in wanted:
             print(f"{run.progress(cell)}  {cell.name}")
         return
+    results = []
     for number, cell in enumerate(wanted, start=1):
         print(f"[{number}/{len(wanted)}] {cell.name}", file=sys.stderr, flush=True)
-        if run.run(cell) is None:
+        result = run.run(cell)
+        if result is None:
             print("time is up: call again to go on", file=sys.stderr)
             break
+        results.append(result)
+
+    from t2i_align.bench.training_report import tuning_rows, write_pages
+
+    if label:
+        for row in tuning_rows(results, run.base()) if results else ():
+            print(json.dumps(row, ensure_ascii=False))
+        return
     there = [cell for cell in cells(images, seeds) if run.path(cell).is_file()]
     done = [result for cell in there if (result := run.run(cell)) is not None]
     if done:
-        from t2i_align.bench.training_report import write_pages
-
         for line in write_pages(out, done, run.base(), docs):
             print(line)
-    print(json.dumps({"cells": len(done), "page": str(out / "training.html")}))
+    print(json.dumps({"cells": len(done), "page": str(out / "training.html") if done else None}))
