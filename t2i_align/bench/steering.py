@@ -26,7 +26,7 @@ from t2i_align.data.images import contact_sheet, tensor_to_pil
 from t2i_align.errors import T2IError
 from t2i_align.pipelines import Driver, call_keywords, load_pipeline
 from t2i_align.pipelines.kernels import ddim
-from t2i_align.playground.world import sample_scenes
+from t2i_align.playground.world import Split, sample_scenes
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer, load_reward
 from t2i_align.rewards.tiny import TinyCLIP
@@ -123,18 +123,30 @@ def settings_of(cell: Cell, rows: int, prices: Prices, spread: float) -> dict[st
     return {**size, **own, **cell.settings}
 
 
-def bench_prompts(count: int, seed: int = PROMPT_SEED) -> tuple[Prompts, list[str]]:
-    """Different held-out captions, half of two objects in a relation and half of counts, and the kind of each."""
-    per_kind = {kind: -(-count // len(KINDS)) for kind in KINDS}
+def bench_prompts(
+    count: int, seed: int = PROMPT_SEED, split: Split = "heldout", groups: int | None = None
+) -> tuple[Prompts, list[str]]:
+    """Different captions of a split, of two objects in a relation and of counts, and the kind of each.
+
+    Args:
+        count: of captions.
+        seed: names them.
+        split: of the playground.
+        groups: how many of them are counts; half if None.
+    """
+    groups = count // 2 if groups is None else groups
+    per_kind = dict(zip(KINDS, (count - groups, groups), strict=True))
     found: dict[str, str] = {}
-    for scene in sample_scenes(100 * count, seed, "heldout"):
+    for scene in sample_scenes(100 * count, seed, split):
         kind = scene.caption.kind
         if kind == "pair" and not scene.caption.relation:  # too easy: most plain samples have both objects
             continue
         if per_kind.get(kind, 0) and str(scene.caption) not in found:
             found[str(scene.caption)] = kind
             per_kind[kind] -= 1
-    ordered = sorted(found, key=lambda text: KINDS.index(found[text]))[:count]
+            if len(found) == count:
+                break
+    ordered = sorted(found, key=lambda text: KINDS.index(found[text]))
     return Prompts(tuple(ordered)), [found[text] for text in ordered]
 
 

@@ -12,11 +12,9 @@ import torch
 from PIL import Image
 from scipy.stats import t as student
 
+from t2i_align.bench.pages import Picture, fill_in
 from t2i_align.bench.steering import BUDGETS, GOLD, KINDS
-from t2i_align.errors import T2IError
-from t2i_align.prompts import read_text
 from t2i_align.report import write_report
-from t2i_align.runs import write_text
 from t2i_align.steering.best_of_n import best_shares
 
 BEGIN, END = "<!-- steering bench: begin -->", "<!-- steering bench: end -->"
@@ -246,17 +244,7 @@ def _grids(out: Path, results: Sequence[Result]) -> Iterator[tuple[str, Path]]:
 def _write_docs(
     docs: Path, lines: Sequence[Line], said: Sequence[str], plot: Image.Image, grids: Sequence[tuple[str, Image.Image]]
 ) -> None:
-    text = read_text(docs)
-    if BEGIN not in text or END not in text:
-        raise T2IError(f"Expected {docs} to have the lines {BEGIN} and {END}: add them where the results belong.")
-    pictures = docs.parent / "images"
-    pictures.mkdir(exist_ok=True)
-    plot.save(pictures / "steering-gold.png", optimize=True)
-    parts = [markdown_table(lines), "![Gold against cost](images/steering-gold.png)", "\n".join(f"- {s}" for s in said)]
-    for number, (title, grid) in enumerate(grids):
-        name = f"steering-{number:02d}.png"
-        grid.quantize(128).save(pictures / name, optimize=True)
-        parts.append(f"{title}\n\n![{title}](images/{name})")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text(docs, before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
+    parts: list[str | Picture] = [markdown_table(lines), ("Gold against cost", "steering-gold.png", plot)]
+    parts.append("\n".join(f"- {text}" for text in said))
+    parts += [(title, f"steering-{number:02d}.png", grid) for number, (title, grid) in enumerate(grids)]
+    fill_in(docs, BEGIN, END, parts)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from typer import Context, Option, Typer
+from typer import Argument, Context, Option, Typer
 
 bench = Typer(help="Benches on the playground: resumable cells, tables, pages.", rich_markup_mode=None)
 
@@ -62,3 +62,62 @@ def steering(
     for line in write_pages(out, results, spreads, docs):
         print(line)
     print(json.dumps({"cells": len(results), "page": str(out / "steering.html")}))
+
+
+@bench.command()
+def training(
+    words: Annotated[
+        list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Other settings to try, under a --label.")
+    ] = None,
+    out: Annotated[Path, Option(help="Folder of the results.")] = Path("benchmarks/results/training"),
+    work: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs/bench-training"),
+    only: Annotated[str, Option(help="Regular expression: cells whose names it is found in.")] = "",
+    minutes: Annotated[float, Option(min=0, help="Of this call; a run that is not done goes on in the next.")] = 20.0,
+    images: Annotated[int, Option(min=1, help="Drawn by each run on gold and on the proxy.")] = 20_480,
+    seeds: Annotated[int, Option(min=1, help="Runs of each method.")] = 3,
+    prompts: Annotated[int, Option(min=2, help="Of each split, to judge the results on.")] = 200,
+    label: Annotated[str, Option(help="Name of a try with other settings or images, kept apart in OUT/tuning.")] = "",
+    docs: Annotated[Path | None, Option(help="Markdown file whose generated part is written.")] = None,
+    listing: Annotated[bool, Option("--list", help="List the cells and how far they are, and exit.")] = False,
+) -> None:
+    """Training methods at an equal number of images, judged by gold and proxy against the base."""
+    import json
+    from dataclasses import replace
+
+    from t2i_align.bench.training import Bench, cells
+    from t2i_align.errors import T2IError
+
+    if words and not label:
+        raise T2IError("Expected a --label for other settings: its results are kept apart from the bench's own.")
+    every = cells(images, seeds)
+    if label:  # the same number of images for all tries, also where the reward has its own
+        every = [replace(cell, images=images, label=label, words=tuple(words or ())) for cell in every]
+    wanted = [cell for cell in every if re.search(only, cell.name)]
+    if not wanted:
+        raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in every)}.")
+    run = Bench(out, work, prompts, minutes)
+    if listing:
+        for cell in wanted:
+            print(f"{run.progress(cell)}  {cell.name}")
+        return
+    results = []
+    for number, cell in enumerate(wanted, start=1):
+        print(f"[{number}/{len(wanted)}] {cell.name}", file=sys.stderr, flush=True)
+        result = run.run(cell)
+        if result is None:
+            print("time is up: call again to go on", file=sys.stderr)
+            break
+        results.append(result)
+
+    from t2i_align.bench.training_report import tuning_rows, write_pages
+
+    if label:
+        for row in tuning_rows(results, run.base()) if results else ():
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    there = [cell for cell in cells(images, seeds) if run.path(cell).is_file()]
+    done = [result for cell in there if (result := run.run(cell)) is not None]
+    if done:
+        for line in write_pages(out, done, run.base(), docs):
+            print(line)
+    print(json.dumps({"cells": len(done), "page": str(out / "training.html") if done else None}))

@@ -1,0 +1,37 @@
+"""The generated part of a documentation page, between two marker lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from t2i_align.errors import T2IError
+from t2i_align.prompts import read_text
+from t2i_align.runs import write_text
+
+Picture = tuple[str, str, Image.Image]  # title, file name, image
+
+
+def fill_in(docs: Path, begin: str, end: str, parts: Sequence[str | Picture]) -> None:
+    """Replace what stands between two marker lines by paragraphs and pictures, which go to `images/` beside the page.
+
+    Raises:
+        T2IError: the page lacks the markers.
+    """
+    text = read_text(docs)
+    if begin not in text or end not in text:
+        raise T2IError(f"Expected {docs} to have the lines {begin} and {end}: add them where the results belong.")
+    paragraphs = []
+    for part in parts:
+        if isinstance(part, str):
+            paragraphs.append(part)
+            continue
+        title, name, image = part
+        (docs.parent / "images").mkdir(exist_ok=True)
+        image.quantize(128).save(docs.parent / "images" / name, optimize=True)
+        paragraphs.append(f"{title}\n\n![{title}](images/{name})")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    write_text(docs, before + begin + "\n\n" + "\n\n".join(paragraphs) + "\n\n" + end + after)

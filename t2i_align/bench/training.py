@@ -1,0 +1,298 @@
+"""`t2i-align bench training`: training methods at an equal number of images on the playground.
+
+A cell is a run: a method on a reward with a seed (`recipes.py` has the settings). Its training goes on from its last
+checkpoint in as many calls as it takes; then its pictures are compared with the base's on the same prompts and noise,
+and a small `result.json` is kept. Every cell is judged by gold, by the learned proxy and by the size of its files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from t2i_align.arms import arms
+from t2i_align.bench.recipes import GOLD, IMAGES, REWARDS, recipe
+from t2i_align.bench.steering import bench_prompts
+from t2i_align.config import load_config
+from t2i_align.data.images import contact_sheet
+from t2i_align.errors import T2IError
+from t2i_align.evaluation import draw
+from t2i_align.methods import read_method
+from t2i_align.pipelines import call_keywords, load_pipeline
+from t2i_align.playground.world import SPLITS, Split
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import Scorer, load_reward
+from t2i_align.rewards.features import extract_features, load_features
+from t2i_align.rewards.pareto import hypervolume_2d
+from t2i_align.runs import environment, read_jsonl, write_text
+from t2i_align.training.blocks import RunConfig, load_run
+from t2i_align.training.checkpoints import checkpoints, read_checkpoint
+from t2i_align.training.honest import EVALUATIONS, pairwise_distance
+from t2i_align.training.run import LORA, Trained, train
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PIPELINE = "tiny-sd"
+JUDGES = {"gold": GOLD, "pick": "tiny_pick", "jpeg": "jpeg_compressibility"}
+PROMPT_SEEDS: dict[Split, int] = {"train": 41_000, "heldout": 42_000}
+COUNTS: dict[Split, int] = {"train": 240, "heldout": 48}  # captions of counts that there are
+EACH = 2  # images per prompt
+BATCH = 64
+NOISE_SEED = 43_000
+WORST = (0.0, -3.0)  # gold, minus kB: what hypervolumes are measured from
+# Keywords of the pipeline in which cells are judged: as a user calls it, and as most runs draw their images.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "own": {},
+    "short": {"num_inference_steps": 8, "guidance_scale": 1.0, "eta": 1.0},
+}
+LOOKS, POINTS = 6, 40  # evaluations of a run after its start, points of its reward curve
+CHECKPOINT_ROUNDS = 10
+EVALUATION = 6.0  # minutes that the evaluation of a cell takes on two cores
+SHOWN, COLUMNS = 16, 8  # prompts in a picture grid
+
+Result = dict[str, Any]
+Measured = dict[str, dict[str, dict[str, list[float]]]]  # sampler, split, name -> one number per prompt
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run: `images` is how many it draws; `variant` names other `settings` of its method.
+
+    `label` names a run that tries other settings, `words` such as `train.learning_rate=1e-4`.
+    """
+
+    method: str
+    reward: str
+    seed: int
+    images: int = IMAGES
+    variant: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    label: str = ""
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its folders."""
+        parts = (self.variant or self.method, self.reward, f"s{self.seed}", self.label)
+        return ".".join(part for part in parts if part)
+
+    def config(self, out: Path) -> RunConfig:
+        """The config of its run in the folder `out`.
+
+        Raises:
+            ConfigError: settings that do not fit together.
+            T2IError: fewer images than a round has.
+        """
+        blocks = recipe(self.method, self.reward)
+        blocks["method"] = {"use": self.method} | blocks["method"] | dict(self.settings)
+        blocks["train"] |= {"steps": 1, "seed": self.seed}
+        blocks |= {"out": str(out), "reward": REWARDS[self.reward][0]}
+        blocks["evaluate"] = {
+            "prompts": {"split": "heldout", "kinds": blocks["prompts"]["kinds"], "size": 32},
+            "watch": [GOLD],
+            "batch_size": BATCH,
+        }
+        blocks["log"] = {"tensorboard": False}
+        asked = load_config(RunConfig, blocks, self.words)  # to see the size of a round
+        s = read_method(asked.method)[1]
+        rounds = self.images // (asked.prompts.per_round * s.group)
+        if rounds < 1:
+            raise T2IError(f"Expected the images of a round at least but got {self.images}: ask for more --images.")
+        updates = s.epochs * s.minibatches
+        blocks["evaluate"]["every"] = max(1, round(rounds / LOOKS)) * updates
+        blocks["train"] |= {"steps": rounds * updates, "log_every": max(1, rounds // POINTS) * updates}
+        blocks["train"]["checkpoint_every"] = CHECKPOINT_ROUNDS * updates
+        return load_run(blocks, self.words)
+
+
+def cells(images: int = IMAGES, seeds: int = 3) -> list[Cell]:
+    """All cells of the bench; `images` is the budget of those whose reward has none of its own."""
+
+    def on(reward: str, methods: Sequence[str], count: int = seeds, **more: Any) -> list[Cell]:
+        own = REWARDS[reward][1] or images
+        return [Cell(method, reward, seed, own, **more) for seed in range(count) for method in methods]
+
+    made = on("jpeg", ("grpo", "ddpo", "d3po", "prdp"), count=1)
+    made += on("gold", ("grpo", "ddpo", "d3po", "prdp"))
+    made += on("pick", ("grpo", "prdp"))
+    made += on("gold-jpeg", ("grpo",))
+    return made + on("gold-jpeg", ("grpo",), variant="grpo-pareto", settings={"select": "pareto"})
+
+
+@dataclass
+class Bench:
+    """The bench's settings and what its cells share; networks load on first use.
+
+    `out`: folder of the results; `work`: of the runs; `prompts`: of each split; `minutes`: that a call may take;
+    `samplers`: keywords of the pipeline by the names that they have in results.
+    """
+
+    out: Path
+    work: Path
+    prompts: int = 200
+    minutes: float = 20.0
+    samplers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SAMPLERS)
+    began: float = field(default_factory=time.monotonic)
+    loaded: dict[str, Scorer] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        """Minutes of this call."""
+        return self.minutes - (time.monotonic() - self.began) / 60
+
+    def path(self, cell: Cell) -> Path:
+        """The result of a cell; tries lie apart from the bench's own cells."""
+        return self.out / ("tuning" if cell.label else "") / cell.name / "result.json"
+
+    def progress(self, cell: Cell) -> str:
+        """How far a cell is, in a word or two."""
+        if self.path(cell).is_file():
+            return "done"
+        found = checkpoints(self.work / cell.name)
+        if not found:
+            return "to do"
+        return f"at update {read_checkpoint(found[-1])['step']} of {cell.config(self.work / cell.name).train.steps}"
+
+    def prompts_of(self, split: Split) -> Prompts:
+        """The prompts that cells are judged on."""
+        return bench_prompts(self.prompts, PROMPT_SEEDS[split], split, min(self.prompts // 2, COUNTS[split]))[0]
+
+    def base(self) -> Result:
+        """The base's own scores, measured once and kept in a file."""
+        path = self.out / "base.json"
+        if path.is_file():
+            return self._known(path)
+        made, pictures = self.measure(load_pipeline(PIPELINE))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(pictures, path.parent / "base.png")
+        result = {"prompts": self.prompts, "scores": made, "environment": environment()}
+        write_text(path, json.dumps(result) + "\n")
+        return result
+
+    def run(self, cell: Cell) -> Result | None:
+        """The result of a cell, from its file or by going on with its run; None if time was up before.
+
+        Raises:
+            T2IError: the file is of a bench with other settings; the run cannot go on.
+        """
+        path = self.path(cell)
+        if path.is_file():
+            return self._known(path, cell)
+        config = cell.config(self.work / cell.name)
+        done = self._train(config)
+        missing = 1 if (self.out / "base.json").is_file() else 2  # evaluations
+        if done.step < config.train.steps or self.left < min(missing * EVALUATION, self.minutes / 2):
+            return None
+        self.base()
+        result = self._describe(cell, config)
+        pipe = load_pipeline(PIPELINE)
+        with arms(pipe, done.folder / LORA) as contexts, contexts["tuned"]:
+            result["scores"], pictures = self.measure(pipe, SPLITS[:1] if cell.label else SPLITS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if cell.seed == 0:
+            save_grid(pictures, path.parent / "after.png")
+        write_text(path, json.dumps(result) + "\n")
+        return result
+
+    def _known(self, path: Path, cell: Cell | None = None) -> Result:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {"prompts": self.prompts} | ({} if cell is None else {"budget": cell.images})
+        if any(result[name] != value for name, value in wanted.items()):
+            raise T2IError(f"{path} is of a bench with other prompts or images: choose another --out.")
+        return result
+
+    def _train(self, config: RunConfig) -> Trained:
+        """Train for what is left of this call's minutes."""
+        found = checkpoints(config.folder)
+        spent = read_checkpoint(found[-1])["seconds"] / 60 if found else 0.0
+        done = train(config, resume=True, minutes=spent + max(0.0, self.left))
+        print(f"{config.folder.name}: {done.step} of {config.train.steps} updates", file=sys.stderr, flush=True)
+        return done
+
+    def _describe(self, cell: Cell, config: RunConfig) -> Result:
+        """What is kept of a run besides its pictures' scores: settings, drift, cost, curves."""
+        s = read_method(config.method)[1]
+        per_update = config.prompts.per_round * s.group / (s.epochs * s.minibatches)
+        looks = read_jsonl(config.folder / EVALUATIONS)
+        curve = read_jsonl(config.folder / "metrics.jsonl")
+        state = read_checkpoint(checkpoints(config.folder)[-1])
+        kept = ("model", "policy", "method", "prompts", "train")
+        shown = {"gold": GOLD, "reward": "reward", "kl": "kl", "diversity": "diversity"}
+        return {
+            "cell": cell.name,
+            **{name: getattr(cell, name) for name in ("method", "variant", "reward", "seed", "label", "words")},
+            "expression": config.reward,
+            "budget": cell.images,
+            "prompts": self.prompts,
+            "images": round(state["step"] * per_update),
+            "updates": state["step"],
+            "seconds": round(state["seconds"], 1),
+            "kl": looks[-1]["kl"],
+            "curve": [[round(row["step"] * per_update), short(row["reward"])] for row in curve],
+            "looks": [
+                {"images": round(row["step"] * per_update)} | {new: short(row[old]) for new, old in shown.items()}
+                for row in looks
+            ],
+            "config": {name: getattr(config, name).model_dump(mode="json") for name in kept if name != "method"}
+            | {"method": config.method},
+            "environment": environment(),
+        }
+
+    def measure(self, pipe: DiffusionPipeline, splits: Sequence[Split] = SPLITS) -> tuple[Measured, list[Image.Image]]:
+        """Scores of a pipeline by sampler, split and name, one number per prompt; first images of the train split."""
+        made: Measured = {}
+        pictures: list[Image.Image] = []
+        for sampler, call in self.samplers.items():
+            made[sampler] = {}
+            for split in splits:
+                table, keywords = self.prompts_of(split), call_keywords(PIPELINE) | dict(call)
+                label = f"drawing {split} images, {sampler} sampler"
+                images = draw(pipe, table, EACH, NOISE_SEED, BATCH, label, **keywords)
+                made[sampler][split] = self.judge(images, table)
+                pictures = pictures or images[::EACH]
+        return made, pictures
+
+    def judge(self, images: list[Image.Image], table: Prompts) -> dict[str, list[float]]:
+        """Per prompt: mean scores, distance of its images, hypervolume of their gold and file size."""
+        many, shape = table.repeat(EACH), (len(table), EACH)
+        scores = {name: self.scorer(spec).scores(images, many).total.reshape(shape) for name, spec in JUDGES.items()}
+        features = extract_features(images, load_features("tiny_clip")).reshape(*shape, -1)
+        worst = torch.tensor(WORST)
+        both = torch.stack([scores["gold"], scores["jpeg"]], 2)
+        kept = {name: values.mean(1) for name, values in scores.items()}
+        kept["spread"] = scores["jpeg"].std(1)
+        kept["diversity"] = torch.stack([pairwise_distance(rows, EACH) for rows in features])
+        kept["hypervolume"] = torch.stack([hypervolume_2d(rows, worst) for rows in both])
+        return {name: numbers(values) for name, values in kept.items()}
+
+    def scorer(self, name: str) -> Scorer:
+        """A scorer, loaded once."""
+        if name not in self.loaded:
+            self.loaded[name] = load_reward(name)
+        return self.loaded[name]
+
+
+def save_grid(pictures: list[Image.Image], path: Path) -> None:
+    """Some of the pictures in rows, in few colours: small files. Half are of the first prompts, half of the last."""
+    half = min(SHOWN, len(pictures)) // 2
+    contact_sheet(pictures[:half] + pictures[-half:], COLUMNS).quantize(128).save(path, optimize=True)
+
+
+def numbers(values: Tensor) -> list[float]:
+    """With four digits after the point."""
+    return [round(float(value), 4) for value in values]
+
+
+def short(value: float) -> float:
+    """With four digits."""
+    return float(f"{value:.4g}")
