@@ -1,0 +1,203 @@
+"""Learns a value function from the rounds of a run: L = mean over images and rows of loss(V(x_t, t, c), r(x_0, c)).
+
+Its minimiser is E[r | x_t, c] under the model that drew the images, so that it has to be taught again as that moves.
+It has its own optimiser: `fit` trains the policy alone. Rewards are brought to mean 0 and standard deviation 1 by the
+statistics of the first round, once and for all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i_align.pipelines.cond import Cond
+from t2i_align.rewards.base import Scorer
+from t2i_align.training import Ctx
+from t2i_align.values.calibration import calibrate, plot_calibration
+from t2i_align.values.readers import Source
+from t2i_align.values.value import READ, Served, Value, ValueBlock, dims_of
+
+if TYPE_CHECKING:
+    from t2i_align.methods.base import Rollout
+
+KEPT = 8  # rounds whose predictions are remembered
+
+
+class Critic:
+    """What a method has of a value function: predictions with their graph, lessons, state, files.
+
+    Args:
+        block: settings.
+        source: the run's driver, steps and keywords, and the path of the base network.
+        reward: of the run.
+        batch_size: latents that go through the network together.
+    """
+
+    ends = False  # whether it has a value at the last latents, below all rows of the grid
+
+    def __init__(self, block: ValueBlock, source: Source, reward: Scorer, batch_size: int) -> None:
+        self.block, self.source, self.reward, self.batch_size = block, source, reward, batch_size
+        self.mean, self.std = 0.0, 0.0  # of the rewards; std 0 before the first round
+        self.seen: list[dict[str, Tensor]] = []  # predictions (B, rows) and rewards (B,) of the last rounds, scaled
+
+    def scaled(self, x: Tensor, row: int, cond: Cond) -> Tensor:
+        """V (B,) in standard deviations of the reward, around its mean, differentiable by x."""
+        raise NotImplementedError
+
+    def observe(self, ctx: Ctx, data: Rollout, learn: bool = True) -> dict[str, float]:
+        """Predict a round's rewards, then learn from them; what to log, the same in all processes."""
+        rewards = data.scores.total.float().cpu()
+        known = rewards[rewards.isfinite()]
+        if not self.std:
+            spread = float(known.std(correction=0))
+            self.mean, self.std = float(known.mean()), spread if spread > 0 else 1.0
+        rewards = (rewards - self.mean) / self.std
+        predicted, loss = self._look(ctx, data, rewards, learn)
+        self.seen = [*self.seen, {"predicted": ctx.world.gather(predicted).cpu(), "rewards": rewards}][-KEPT:]
+        found = calibrate(self.seen[-1]["predicted"], rewards)
+        middle = found[len(found) // 2]
+        return {"value_r2": middle.r2, "value_correlation": middle.correlation} | loss
+
+    def _look(self, ctx: Ctx, data: Rollout, rewards: Tensor, learn: bool) -> tuple[Tensor, dict[str, float]]:
+        """Predictions (B, rows) for this process's images, and what to log of the lesson."""
+        x, cond = data.traj.x, data.traj.cond
+        chunks = [slice(first, first + self.batch_size) for first in range(0, len(x), self.batch_size)]
+        rows = [torch.cat([self.scaled(x[c, r], r, cond[c]) for c in chunks]) for r in range(data.traj.steps)]
+        return torch.stack(rows, 1), {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"mean": self.mean, "std": self.std, "seen": self.seen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.mean, self.std, self.seen = state["mean"], state["std"], list(state["seen"])
+
+    def save(self, folder: Path) -> None:
+        """Write `calibration.json` and `calibration.png` of the last rounds."""
+        if not self.seen:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        predicted, rewards = (torch.cat([round_[name] for round_ in self.seen]) for name in ("predicted", "rewards"))
+        numbers = [row._asdict() for row in calibrate(predicted, rewards)]
+        (folder / "calibration.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        plot_calibration(predicted, rewards, folder / "calibration.png")
+
+
+class Learned(Critic):
+    """A network that learns."""
+
+    served: Served | None = None
+    optimizer: torch.optim.Optimizer
+
+    def scaled(self, x: Tensor, row: int, cond: Cond) -> Tensor:
+        assert self.served is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return self.served.scaled(x, row, cond)
+
+    def state(self) -> dict[str, Any]:
+        if self.served is None:
+            return super().state()
+        value = self.served.value
+        mine = {"dims": value.dims, "value": value.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return super().state() | mine
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        if "dims" in state:
+            self._begin(state["dims"], 0)
+            assert self.served is not None
+            self.served.value.load_state_dict(state["value"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        if self.served is None:
+            return
+        driver = self.source.driver
+        self.served.value.save(folder, reward=self.reward.name, pipeline=driver.family, steps=self.source.steps)
+
+    def _begin(self, dims: tuple[int, ...], seed: int) -> None:
+        value = Value(self.block, dims, seed).to(next(self.source.driver.network.parameters()).device)
+        value.mean.fill_(self.mean)
+        value.std.fill_(self.std)
+        value.requires_grad_(False)
+        self.served = Served(value, self.source, self.batch_size)
+        self.optimizer = torch.optim.AdamW(
+            value.parameters(), self.block.learning_rate, weight_decay=self.block.weight_decay
+        )
+
+    def _look(self, ctx: Ctx, data: Rollout, rewards: Tensor, learn: bool) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast(ctx.device.type, enabled=False):
+            angles, seen = self._read(data)
+            if self.served is None:
+                self._begin(dims_of(tuple(part[:1, 0] for part in seen)), ctx.seed)
+            assert self.served is not None
+            value, rows = self.served.value, range(data.traj.steps)
+            predicted = [
+                value.expected(angles[row].expand(len(data)), *(part[:, row] for part in seen)) for row in rows
+            ]
+            lesson = self._learn(ctx, data, angles, seen, rewards) if learn else {}
+        return torch.stack(predicted, 1), lesson
+
+    def _read(self, data: Rollout) -> tuple[Tensor, list[Tensor]]:
+        """Noise levels (rows,) and what the reader sees of every latent: tensors (B, rows, ...)."""
+        x, cond, source = data.traj.x, data.traj.cond, self.source
+        chunks = [slice(first, first + self.batch_size) for first in range(0, len(x), self.batch_size)]
+        read = READ[self.block.net]
+        every = []
+        for row in range(data.traj.steps):
+            parts = [read(source, x[part, row], row, cond[part]) for part in chunks]
+            every.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        angles = torch.stack([source.angle(row, x[:1, row])[0] for row in range(data.traj.steps)])
+        return angles, [torch.stack(tensors, 1) for tensors in zip(*every, strict=True)]
+
+    @torch.enable_grad()
+    def _learn(self, ctx: Ctx, data: Rollout, angles: Tensor, seen: list[Tensor], rewards: Tensor) -> dict[str, float]:
+        """Some passes over the latents of all processes, in one keyed order; each backpropagates its own."""
+        assert self.served is not None
+        value, block = self.served.value, self.block
+        weights, count, rows = list(value.parameters()), len(rewards), len(angles)
+        trust, losses = data.trust.cpu(), []
+        value.requires_grad_(True)
+        for epoch in range(block.epochs):
+            order = torch.randperm(count * rows, generator=ctx.generator("value", epoch))
+            for batch in order.split(block.batch_size):
+                image, row = batch // rows, batch % rows
+                mine = (image >= data.first) & (image < data.first + len(data)) & rewards[image].isfinite()
+                image, row = image[mine], row[mine]
+                own = (image - data.first).to(angles.device), row.to(angles.device)
+                outputs = value(angles[own[1]], *(part[own] for part in seen))
+                loss = value.head.loss(outputs, rewards[image].to(outputs)) * trust[image].to(outputs)
+                self.optimizer.zero_grad()
+                (loss.sum() / len(batch)).backward()
+                ctx.world.sum_gradients(weights)
+                nn.utils.clip_grad_norm_(weights, 1.0)
+                self.optimizer.step()
+                losses.append(float(loss.detach().sum()) / len(batch))
+        value.requires_grad_(False)
+        return {"value_loss": ctx.world.total(sum(losses) / len(losses))}
+
+
+class PlugIn(Critic):
+    """Nothing learned: the reward of the decoded x0 prediction of the base network; the baseline to beat."""
+
+    ends = True
+
+    def scaled(self, x: Tensor, row: int, cond: Cond) -> Tensor:
+        driver, steps, call = self.source.driver, self.source.steps, self.source.call
+        if row < driver.grid(steps, **call).steps:
+            with self.source.reference():
+                x = driver.step(x, row, cond, steps, **call).x0
+        images = driver.decode(x, straight_through=x.requires_grad and "image_processor" in vars(driver.pipe))
+        return (self.reward.scores(images, cond.prompts).total - self.mean) / (self.std or 1.0)
+
+
+def make_critic(block: ValueBlock, source: Source, reward: Scorer, batch_size: int) -> Critic:
+    """The critic of a block."""
+    made: type[Critic] = PlugIn if block.net == "plugin" else Learned
+    return made(block, source, reward, batch_size)
