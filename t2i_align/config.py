@@ -54,7 +54,7 @@ class TrainConfig(Settings):
     elastic_reset: int | None = Field(
         None,
         gt=0,
-        description="updates between Elastic Resets: weights to their average, that to the start; null: none",
+        description="updates between Elastic Resets (weights to their average, that to the start); null: never",
     )
     elastic_decay: float = Field(0.995, gt=0, lt=1, description="decay of the average of Elastic Resets")
     checkpoint_every: int = Field(200, gt=0, description="updates between checkpoints")

@@ -25,7 +25,6 @@ from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, 
 from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards.base import Scorer, Scores
 
-
 Value = Callable[[Tensor, int, Cond], Tensor]  # latents (B, ...), their row of the grid, condition -> (B,)
 
 

@@ -6,11 +6,11 @@
                         = lam sum(r_s for s up to t)   `sum`
     last step   log G_0 = lam r(x0) - (what the particle's line has paid), exact for every potential
 
-r_t is the reward of the decoded x0 prediction at x_t, or a learned value of x_t. Departures from the published code, which does not sample its
-target (its exact toy reaches a mean of .74, .72 and 4.40 instead of 1): weights are carried in log space where a
-resampling is skipped; the last step pays the final reward; a reward weighs the latent it was computed from, not its
-child; resampling is systematic; lam is in units of the reward's own spread unless `lam_units` is `raw`; potentials
-along the way may be weaker than the last (`along`).
+r_t is the reward of the decoded x0 prediction at x_t, or a learned value of x_t. Departures from the published code,
+which does not sample its target (its exact toy reaches a mean of .74, .72 and 4.40 instead of 1): weights are carried
+in log space where a resampling is skipped; the last step pays the final reward; a reward weighs the latent it was
+computed from, not its child; resampling is systematic; lam is in units of the reward's own spread unless `lam_units`
+is `raw`; potentials along the way may be weaker than the last (`along`).
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ def read_features(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tens
     """Mean and standard deviation (B, 2 F) over positions of the base network's middle layer; fp32."""
     driver = source.driver
     given = {**driver.defaults, **source.call}
-    call = source.call | {n: min(off, given.get(n, off) or off) for n, off in OFF.items() if n in driver.accepts}
+    named = {name: given.get(name) for name in OFF if name in driver.accepts}
+    call = source.call | {name: OFF[name] if v is None else min(OFF[name], v) for name, v in named.items()}
     with source.reference(), _outputs_of(middle_layer(driver.network)) as seen:
         driver.predict(x, row, cond, source.steps, **call)
     pooled = torch.cat([_pool(output) for output in seen])
@@ -94,7 +95,7 @@ def read_features(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tens
 
 
 def middle_layer(network: nn.Module) -> nn.Module:
-    """A UNet's middle block; of other networks the middle of the longest list of blocks.
+    """A UNet's middle block; of other networks the middle of the list of blocks that has most of the weights.
 
     Raises:
         ValueFunctionError: the network has neither.
@@ -106,8 +107,8 @@ def middle_layer(network: nn.Module) -> nn.Module:
     stacks = [part for part in network.children() if isinstance(part, nn.ModuleList) and len(part)] or lists
     if not stacks:
         raise ValueFunctionError(f"{type(network).__name__} has no blocks to read the middle one of: use net=conv.")
-    longest = max(stacks, key=len)
-    return longest[len(longest) // 2]
+    trunk = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    return trunk[len(trunk) // 2]
 
 
 @contextmanager
