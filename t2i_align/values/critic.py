@@ -96,8 +96,7 @@ class Learned(Critic):
 
     def scaled(self, x: Tensor, row: int, cond: Cond) -> Tensor:
         assert self.served is not None
-        with torch.autocast(x.device.type, enabled=False):
-            return self.served.scaled(x, row, cond)
+        return self.served.scaled(x, row, cond)
 
     def state(self) -> dict[str, Any]:
         if self.served is None:
@@ -108,6 +107,7 @@ class Learned(Critic):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
+        self.served = None
         if "dims" in state:
             self._begin(state["dims"], 0)
             assert self.served is not None
@@ -127,20 +127,19 @@ class Learned(Critic):
         value.std.fill_(self.std)
         value.requires_grad_(False)
         self.served = Served(value, self.source, self.batch_size)
+        # With the usual eps of 1e-8, weights without a gradient would follow its rounding, which differs by processes.
         self.optimizer = torch.optim.AdamW(
-            value.parameters(), self.block.learning_rate, weight_decay=self.block.weight_decay
+            value.parameters(), self.block.learning_rate, eps=1e-5, weight_decay=self.block.weight_decay
         )
 
     def _look(self, ctx: Ctx, data: Rollout, rewards: Tensor, learn: bool) -> tuple[Tensor, dict[str, float]]:
+        angles, seen = self._read(data)
+        if self.served is None:
+            self._begin(dims_of(tuple(part[:1, 0] for part in seen)), ctx.seed)
+        assert self.served is not None
+        value, rows = self.served.value, range(data.traj.steps)
         with torch.autocast(ctx.device.type, enabled=False):
-            angles, seen = self._read(data)
-            if self.served is None:
-                self._begin(dims_of(tuple(part[:1, 0] for part in seen)), ctx.seed)
-            assert self.served is not None
-            value, rows = self.served.value, range(data.traj.steps)
-            predicted = [
-                value.expected(angles[row].expand(len(data)), *(part[:, row] for part in seen)) for row in rows
-            ]
+            predicted = [value.expected(angles[[row] * len(data)], *(part[:, row] for part in seen)) for row in rows]
             lesson = self._learn(ctx, data, angles, seen, rewards) if learn else {}
         return torch.stack(predicted, 1), lesson
 

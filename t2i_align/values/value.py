@@ -206,7 +206,9 @@ class Served:
 
     def scaled(self, x: Tensor, row: int, cond: Cond) -> Tensor:
         """V (B,) in standard deviations of the reward, around its mean."""
-        return self.value.expected(self.source.angle(row, x), *self.see(x, row, cond))
+        seen = self.see(x, row, cond)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.value.expected(self.source.angle(row, x), *seen)
 
     def __call__(self, x: Tensor, row: int, cond: Cond) -> Tensor:
         parts = [slice(first, first + self.batch_size) for first in range(0, len(x), self.batch_size)]
