@@ -161,6 +161,7 @@ def test_heads_learn_the_mean(name):
     """Of targets 0 and 2 in shares .75 and .25: .5, whatever the head; quantiles at (i + 1/2) / 16 have it exactly."""
     torch.manual_seed(0)
     head = HEADS[name](1)
+    assert head.mean(head(torch.randn(4, 1))).abs().max() < 1e-5  # before it has learned: the mean of all rewards
     features, targets = torch.ones(64, 1), torch.tensor([0.0, 0.0, 0.0, 2.0]).repeat(16)
     optimizer = torch.optim.Adam(head.parameters(), 0.05)
     for _ in range(600):

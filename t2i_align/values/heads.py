@@ -80,11 +80,15 @@ class HLGauss(Head):
 
 
 class Quantile(Head):
-    """Quantiles that never cross."""
+    """Quantiles that never cross; those of a standard normal at the start."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
         self.quantiles = QuantileHead(features, tuple((i + 0.5) / QUANTILES for i in range(QUANTILES)))
+        normal = torch.special.ndtri(self.quantiles.levels)
+        nn.init.zeros_(self.quantiles.linear.weight)
+        with torch.no_grad():  # the head adds a softplus from each to the next
+            self.quantiles.linear.bias.copy_(torch.cat([normal[:1], normal.diff().expm1().log()]))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.quantiles(features)
