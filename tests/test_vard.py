@@ -32,7 +32,7 @@ from tests.families.subject import Subject
 READ = ["sd", "sdxl", "kandinsky3", "sd-controlnet", "sd3", "flux-dev", "flux2", "chroma", "aura-flow", "hidream"]
 READ += ["qwen-image", "z-image-turbo", "pixart-sigma", "sana", "lumina2", "cogview4", "hunyuan-image", "kandinsky5"]
 CONV = {"net": "conv", "width": 16, "batch_size": 64}
-QUICK = CONV | {"epochs": 5, "learning_rate": 5e-3, "batch_size": 128}
+QUICK = CONV | {"epochs": 2, "learning_rate": 5e-3, "batch_size": 128}
 
 
 def linear(images, prompts):

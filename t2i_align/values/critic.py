@@ -1,8 +1,9 @@
 """Learns a value function from the rounds of a run: L = mean over images and rows of loss(V(x_t, t, c), r(x_0, c)).
 
-Its minimiser is E[r | x_t, c] under the model that drew the images, so that it has to be taught again as that moves.
-It has its own optimiser: `fit` trains the policy alone. Rewards are brought to mean 0 and standard deviation 1 by the
-statistics of the first round, once and for all.
+Its minimiser is E[r | x_t, c] under the model that drew the images, so that it has to be taught again as that moves:
+from the last few rounds, since one round has too few images to learn from without learning them by heart. It has its
+own optimiser: `fit` trains the policy alone. Rewards are brought to mean 0 and standard deviation 1 by the statistics
+of the first round, once and for all.
 """
 
 from __future__ import annotations
@@ -89,10 +90,14 @@ class Critic:
 
 
 class Learned(Critic):
-    """A network that learns."""
+    """A network that learns; it remembers what the reader saw of all processes' last rounds."""
 
-    served: Served | None = None
     optimizer: torch.optim.Optimizer
+
+    def __init__(self, block: ValueBlock, source: Source, reward: Scorer, batch_size: int) -> None:
+        super().__init__(block, source, reward, batch_size)
+        self.served: Served | None = None
+        self.memory: list[dict[str, Tensor]] = []  # rewards and trust (B,), what was seen (B, rows, ...)
 
     def scaled(self, x: Tensor, row: int, cond: Cond) -> Tensor:
         assert self.served is not None
@@ -103,11 +108,11 @@ class Learned(Critic):
             return super().state()
         value = self.served.value
         mine = {"dims": value.dims, "value": value.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return super().state() | mine
+        return super().state() | mine | {"memory": self.memory}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        self.served = None
+        self.served, self.memory = None, list(state.get("memory", ()))
         if "dims" in state:
             self._begin(state["dims"], 0)
             assert self.served is not None
@@ -138,10 +143,13 @@ class Learned(Critic):
             self._begin(dims_of(tuple(part[:1, 0] for part in seen)), ctx.seed)
         assert self.served is not None
         value, rows = self.served.value, range(data.traj.steps)
+        lesson = {"rewards": rewards, "trust": data.trust.cpu()}
+        lesson |= {f"seen{i}": ctx.world.gather(part).cpu() for i, part in enumerate(seen)}
+        self.memory = [*self.memory, lesson][-self.block.memory :]
         with torch.autocast(ctx.device.type, enabled=False):
             predicted = [value.expected(angles[[row] * len(data)], *(part[:, row] for part in seen)) for row in rows]
-            lesson = self._learn(ctx, data, angles, seen, rewards) if learn else {}
-        return torch.stack(predicted, 1), lesson
+            loss = self._learn(ctx, angles) if learn else {}
+        return torch.stack(predicted, 1), loss
 
     def _read(self, data: Rollout) -> tuple[Tensor, list[Tensor]]:
         """Noise levels (rows,) and what the reader sees of every latent: tensors (B, rows, ...)."""
@@ -156,30 +164,30 @@ class Learned(Critic):
         return angles, [torch.stack(tensors, 1) for tensors in zip(*every, strict=True)]
 
     @torch.enable_grad()
-    def _learn(self, ctx: Ctx, data: Rollout, angles: Tensor, seen: list[Tensor], rewards: Tensor) -> dict[str, float]:
-        """Some passes over the latents of all processes, in one keyed order; each backpropagates its own."""
+    def _learn(self, ctx: Ctx, angles: Tensor) -> dict[str, float]:
+        """Some passes over the latents of the remembered rounds; all processes make the same ones."""
         assert self.served is not None
-        value, block = self.served.value, self.block
-        weights, count, rows = list(value.parameters()), len(rewards), len(angles)
-        trust, losses = data.trust.cpu(), []
+        value, block, rows = self.served.value, self.block, len(angles)
+        taught = {name: torch.cat([lesson[name] for lesson in self.memory]) for name in self.memory[0]}
+        rewards, trust = taught.pop("rewards"), taught.pop("trust")
+        known = rewards.isfinite().nonzero()[:, 0]
+        losses = []
         value.requires_grad_(True)
         for epoch in range(block.epochs):
-            order = torch.randperm(count * rows, generator=ctx.generator("value", epoch))
+            order = torch.randperm(len(known) * rows, generator=ctx.generator("value", epoch))
             for batch in order.split(block.batch_size):
-                image, row = batch // rows, batch % rows
-                mine = (image >= data.first) & (image < data.first + len(data)) & rewards[image].isfinite()
-                image, row = image[mine], row[mine]
-                own = (image - data.first).to(angles.device), row.to(angles.device)
-                outputs = value(angles[own[1]], *(part[own] for part in seen))
-                loss = value.head.loss(outputs, rewards[image].to(outputs)) * trust[image].to(outputs)
+                image, row = known[batch // rows], batch % rows
+                outputs = value(
+                    angles[row.to(angles.device)], *(part[image, row].to(angles) for part in taught.values())
+                )
+                loss = (value.head.loss(outputs, rewards[image].to(outputs)) * trust[image].to(outputs)).mean()
                 self.optimizer.zero_grad()
-                (loss.sum() / len(batch)).backward()
-                ctx.world.sum_gradients(weights)
-                nn.utils.clip_grad_norm_(weights, 1.0)
+                loss.backward()
+                nn.utils.clip_grad_norm_(value.parameters(), 1.0)
                 self.optimizer.step()
-                losses.append(float(loss.detach().sum()) / len(batch))
+                losses.append(loss.item())
         value.requires_grad_(False)
-        return {"value_loss": ctx.world.total(sum(losses) / len(losses))}
+        return {"value_loss": sum(losses) / len(losses)}
 
 
 class PlugIn(Critic):

@@ -42,8 +42,9 @@ class ValueBlock(Settings):
     width: int = Field(128, gt=0, description="channels of its own layers")
     learning_rate: float = Field(1e-3, gt=0, description="of its AdamW")
     weight_decay: float = Field(1e-2, ge=0, description="of its AdamW")
-    epochs: int = Field(4, gt=0, description="passes over a round's latents")
-    batch_size: int = Field(256, gt=0, description="latents of an update of it")
+    memory: int = Field(8, gt=0, description="last rounds that it learns from; checkpoints hold what it saw of them")
+    epochs: int = Field(2, gt=0, description="passes over their latents per round")
+    batch_size: int = Field(128, gt=0, description="latents of an update of it")
 
 
 class Level(nn.Module):
