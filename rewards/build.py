@@ -21,6 +21,7 @@ FUNCTIONS = {
     "calibrated": "mixing:Calibrated",
     "log_sigmoid": "mixing:LogSigmoid",
     "par": "mixing:Par",
+    "clamp": "mixing:Clamp",
     "soft_min": "ensemble:SoftMin",
     "mean": "ensemble:Mean",
     "worst": "ensemble:Worst",

@@ -112,6 +112,25 @@ class ZScore(Transform):
         return z, None if std is None else torch.where(sd > 0, std / sd.where(sd > 0, 1.0), 0.0)
 
 
+class Clamp(Transform):
+    """The value within [low, high]; outside, the std is 0 and no gradient passes.
+
+    A reward that cannot grow beyond what good images have cannot be hacked beyond it either.
+    """
+
+    def __init__(self, scorer: Scorer, low: float = -float("inf"), high: float = float("inf")) -> None:
+        if not low < high:
+            raise RewardError(f"Expected low < high in clamp(...) but got {low} and {high}.")
+        said = _changed(low=(float(low), -float("inf")), high=(float(high), float("inf")))
+        super().__init__([scorer], call_name("clamp", [scorer], **said))
+        self.low, self.high = float(low), float(high)
+        self.range = (max(self.low, scorer.range[0]), min(self.high, scorer.range[1]))
+
+    def transform(self, values: Tensor, std: Tensor | None, prompts: Prompts) -> tuple[Tensor, Tensor | None]:
+        inside = (values >= self.low) & (values <= self.high)
+        return values.clamp(self.low, self.high), None if std is None else std * inside
+
+
 class Referred(Transform):
     """A transform that needs a `Reference`: given as `base`, or the calibration of the pipeline that `base` names."""
 

@@ -51,6 +51,12 @@ class TrainConfig(Settings):
         "adamw", description="`adamw_8bit` keeps its moments in 8 bits, by bitsandbytes"
     )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null for none")
+    elastic_reset: int | None = Field(
+        None,
+        gt=0,
+        description="updates between Elastic Resets (weights to their average, that to the start); null: never",
+    )
+    elastic_decay: float = Field(0.995, gt=0, lt=1, description="decay of the average of Elastic Resets")
     checkpoint_every: int = Field(200, gt=0, description="updates between checkpoints")
     keep: int = Field(2, gt=0, description="checkpoints kept")
     log_every: int = Field(20, gt=0, description="updates between rows of metrics.jsonl")

@@ -19,7 +19,7 @@ from t2i_align.pipelines.kernels import ddim
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import FunctionScorer
+from t2i_align.rewards import Scorer
 from t2i_align.training import World, fit
 from tests.families import FAMILIES
 
@@ -29,8 +29,19 @@ METHODS = {
     "grpo": {"use": "grpo", "spread": "global", "minibatches": 2, "epochs": 2, "beta": 0.1, "clip": 0.2},
     "d3po": {"use": "d3po", "group": 4, "pairs": "all", "clip": None, "batch_size": 8},
     "prdp": {"use": "prdp", "beta": 1.0, "eps": 0.2},
+    "vard": {"use": "vard", "warmup": 2, "eta": 0.1, "minibatches": 2, "value": {"net": "conv", "width": 8}},
+    "doubt": {"use": "grpo", "discount": 1.0, "clip": 0.2},
 }
 ROUND = ["0", "0.5", "1", "1.5"]
+
+
+class Reward(Scorer):
+    """Doubts bright images."""
+
+    name = "reward"
+
+    def forward(self, images, prompts):
+        return reward(images, prompts.text), images.mean((1, 2, 3))
 
 
 def reward(images, prompts):
@@ -41,7 +52,7 @@ def train(name, folder, world):
     """Five updates or more on the toy."""
     pipe = toy_pipeline(size=2)
     found, settings = read_method({"group": 4, "steps": 3, "batch_size": 4} | METHODS[name])
-    method = found(settings, Policy.full(pipe), Tools(Driver(pipe), FunctionScorer(reward)))
+    method = found(settings, Policy.full(pipe), Tools(Driver(pipe), Reward()))
     steps = 8 if method.updates == 4 else 6
     config = TrainConfig(steps=steps, learning_rate=0.05, weight_decay=0.0, log_every=1, ema=0.9)
     return fit(method, lambda number: Prompts.of(ROUND), config, folder, world=world)
@@ -153,7 +164,9 @@ def test_two_processes_train_like_one(both, name):
     for alone, together in zip(rows(one), rows(two), strict=True):
         assert alone.keys() == together.keys()
         for key in {"loss", "gradient_norm", "reward", "reward_spread", "ratio"} & alone.keys():
-            assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=1e-6)
+            # A value of standard deviation 1 that has taken Adam's steps, and whose mean is near 0.
+            rounding = 1e-5 if name == "vard" else 1e-6
+            assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=rounding)
 
 
 def test_prompt_statistics_are_those_of_all_processes(both):

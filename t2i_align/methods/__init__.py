@@ -17,6 +17,7 @@ METHODS = {
     "grpo": "t2i_align.methods.grpo:GRPO",
     "d3po": "t2i_align.methods.d3po:D3PO",
     "prdp": "t2i_align.methods.prdp:PRDP",
+    "vard": "t2i_align.methods.vard:VARD",
 }
 
 

@@ -17,6 +17,7 @@ from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer, Scores
 from t2i_align.rewards.compose import WeightedSum
+from t2i_align.rewards.constraints import Limited
 from t2i_align.rewards.pareto import non_dominated
 from t2i_align.training import Ctx, Method, TrainingError
 from t2i_align.trajectory import Trajectory
@@ -34,6 +35,11 @@ class SamplingSettings(Settings):
     minibatches: int = Field(1, gt=0, description="updates per pass, each on its share of the images")
     trained_rows: float = Field(
         0.99, gt=0, le=1, description="share of the steps that is trained, noisiest first; the last adds variance"
+    )
+    discount: float = Field(
+        0.0,
+        ge=0,
+        description="images count exp(-discount std / spread), for rewards with a std (Ctrl-U); 0: all alike",
     )
 
 
@@ -55,9 +61,24 @@ class Rollout:
     group: int
     seed: int  # of their noise
     first: int = 0  # place of this process's images among all
+    discount: float = 0.0  # of uncertain rewards, see `trust`
 
     def __len__(self) -> int:
         return len(self.traj.x)
+
+    @property
+    def trust(self) -> Tensor:
+        """Factors (B,) in (0, 1] of all images' losses, exp(-discount std / spread within prompts): Ctrl-U's weights.
+
+        Ctrl-U adds the uncertainty itself, which no policy gradient sees: `uncertainty.discount` has it for losses
+        through which a reward's gradient flows.
+        """
+        std = self.scores.std
+        if std is None or not self.discount:
+            return torch.ones_like(self.scores.total)
+        groups = self.scores.total.reshape(-1, self.group) if self.group > 1 else self.scores.total[None]
+        spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt()
+        return (-self.discount * std / spread.clamp(min=1e-12)).exp().nan_to_num(nan=0.0)
 
     def mine(self, values: Tensor) -> Tensor:
         """Of values (B, ...) of all images those of this process's."""
@@ -83,6 +104,16 @@ class OnPolicy(Method):
         """Optimiser updates per round of images."""
         return self.settings.epochs * self.settings.minibatches
 
+    def state(self) -> dict[str, Any]:
+        """The multipliers of a reward under constraints."""
+        reward = self.tools.reward
+        return {"multipliers": reward.multipliers.state_dict()} if isinstance(reward, Limited) else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from them."""
+        if isinstance(self.tools.reward, Limited):
+            self.tools.reward.multipliers.load_state_dict(state["multipliers"])
+
     def report(self, batch: Any) -> dict[str, float]:
         """Rewards of a round: their mean and those of their parts, their spread within prompts (DDPO: in all)."""
         data: Rollout = batch[0]
@@ -92,6 +123,11 @@ class OnPolicy(Method):
         seen = {"reward": total.nanmean(), "reward_spread": off.square().nanmean().sqrt()}
         if len(parts) > 1:
             seen |= {f"reward/{name}": values.double().nanmean() for name, values in parts.items()}
+        if data.scores.std is not None:
+            seen |= {"reward_std": data.scores.std.double().nanmean(), "trust": data.trust.mean()}
+        if isinstance(self.tools.reward, Limited):
+            held = zip(self.tools.reward.constraints, self.tools.reward.multipliers(), strict=True)
+            seen |= {f"multiplier/{limit.scorer.name}": value for limit, value in held}
         counts = {"images": len(total), "invalid": int(total.isnan().sum())}
         return {name: float(value) for name, value in seen.items()} | counts
 
@@ -123,8 +159,10 @@ class OnPolicy(Method):
     def rollout(self, ctx: Ctx, prompts: Prompts) -> Rollout:
         """Draw and score `group` images per prompt with the current weights; of several processes each its share.
 
+        The multipliers of a reward under constraints move by these scores, for the next round.
+
         Raises:
-            TrainingError: no reward is a number.
+            TrainingError: no reward is a number, or none has the std that `discount` needs.
         """
         s, driver = self.settings, self.tools.driver
         mine = ctx.world.share(len(prompts))
@@ -140,7 +178,14 @@ class OnPolicy(Method):
         scores = gather(ctx, self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), cond.prompts))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
-        return Rollout(traj, scores, s.group, seed, first)
+        if s.discount and scores.std is None:
+            raise TrainingError(
+                f"Expected a reward with a std, which discount={s.discount:g} needs, but {self.tools.reward.name} has "
+                "none: use several members, as in mean(a, b), a scorer that returns (mean, std), or consistent(...)."
+            )
+        if isinstance(self.tools.reward, Limited):
+            self.tools.reward.update(scores)
+        return Rollout(traj, scores, s.group, seed, first, s.discount)
 
     def rows(self, traj: Trajectory) -> list[int]:
         """The rows that are trained: those with noise among the noisiest share."""
@@ -197,7 +242,8 @@ def gather(ctx: Ctx, scores: Scores) -> Scores:
     """Scores of all processes' images; rewards that are infinite become NaN, which methods leave out."""
     total = ctx.world.gather(scores.total)
     parts = {name: ctx.world.gather(values) for name, values in scores.parts.items()}
-    return Scores(total.where(total.isfinite(), torch.nan), parts)
+    std = None if scores.std is None else ctx.world.gather(scores.std)
+    return Scores(total.where(total.isfinite(), torch.nan), parts, std)
 
 
 def survivors(scores: Scores, group: int) -> Tensor:

@@ -57,6 +57,7 @@ class D3PO(OnPolicy):
         dealt = pairs[order][ctx.update % s.minibatches :: s.minibatches]
         here = dealt[:, 0] // len(data) == data.first // len(data)  # a prompt's images are all in one process
         mine, rows = dealt[here] - data.first, self.rows(data.traj)
+        trust = data.mine(data.trust)
         for row in rows:
             for part in mine.split(max(1, s.batch_size // 2)) if len(mine) else ():
                 both = part.T.flatten()  # winners, then losers
@@ -64,7 +65,8 @@ class D3PO(OnPolicy):
                 log_prob = q.log_prob(data.traj.x[both, row + 1])
                 gap = self.gap(per_dim(log_prob - before[both, row], q))
                 moved = per_dim(log_prob - data.traj.log_prob[both, row], q)
-                loss = preference_loss(gap, s.beta).sum() / (len(dealt) * len(rows))
+                weight = trust[part].prod(1).to(gap)
+                loss = (weight * preference_loss(gap, s.beta)).sum() / (len(dealt) * len(rows))
                 yield Term(loss, {"gap": gap, "log_ratio": moved})
 
     def gap(self, log_ratio: Tensor) -> Tensor:

@@ -46,10 +46,11 @@ class DDPO(OnPolicy):
 
     def state(self) -> dict[str, Any]:
         """The tracker's rewards."""
-        return {"tracker": self.tracker.state_dict()}
+        return super().state() | {"tracker": self.tracker.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the tracker's rewards."""
+        super().restore(state)
         self.tracker.load_state_dict(state["tracker"])
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
@@ -59,7 +60,7 @@ class DDPO(OnPolicy):
         advantage = self.tracker.advantage(texts, data.scores.total.cpu(), clip=self.settings.advantage_clip)
         if self.settings.select == "pareto":
             advantage = advantage * survivors(data.scores, data.group).cpu()
-        return data, data.mine(advantage)
+        return data, data.mine(advantage * data.trust.to(advantage))
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per trained step and batch of samples."""

@@ -78,7 +78,7 @@ class GRPO(OnPolicy):
             advantage = group_advantage(scores.total, data.group, s.spread, s.ddof, clip=s.advantage_clip)
         if s.select == "pareto":
             advantage = advantage * survivors(scores, data.group)
-        return advantage
+        return advantage * data.trust.to(advantage)
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per trained step and batch of samples."""

@@ -68,7 +68,8 @@ class PRDP(OnPolicy):
             rewards[part] = total[part]  # samples of other minibatches make no pairs
         pairs = unequal_pairs(rewards, data.group)
         share = len(pairs) / max(1.0, ctx.world.total(len(pairs)))
-        residual = proximal(now[:, rows], old[:, rows], rewards, pairs, self.settings.beta, self.settings.eps)
+        trust = data.mine(data.trust)[pairs].prod(1)
+        residual = proximal(now[:, rows], old[:, rows], rewards, pairs, self.settings.beta, self.settings.eps, trust)
         alive = [(i, part) for i in range(len(rows)) for part in chunks if residual.slope[part, i].any()]
         for i, part in alive:
             moved = self.moved(data, part, rows[i])
@@ -84,7 +85,9 @@ class PRDP(OnPolicy):
         return nats / data.traj.x[0, 0].numel()
 
 
-def proximal(now: Tensor, old: Tensor, rewards: Tensor, pairs: Tensor, beta: float, eps: float) -> Residual:
+def proximal(
+    now: Tensor, old: Tensor, rewards: Tensor, pairs: Tensor, beta: float, eps: float, trust: Tensor | None = None
+) -> Residual:
     """The loss of PRDP and its derivative.
 
     Args:
@@ -94,6 +97,7 @@ def proximal(now: Tensor, old: Tensor, rewards: Tensor, pairs: Tensor, beta: flo
         pairs: (M, 2) indices a, b with r_a > r_b.
         beta: KL weight.
         eps: clip of `now` around `old`.
+        trust: (M,) factors of the pairs' losses; 1 if None.
     """
     slope = torch.zeros_like(now)
     if not len(pairs):
@@ -104,8 +108,9 @@ def proximal(now: Tensor, old: Tensor, rewards: Tensor, pairs: Tensor, beta: flo
     plain, near = ((rh[a] - rh[b] - target) for rh in (now.mean(1), clipped.mean(1)))
     use_plain = plain.square() >= near.square()
     steps, count = now.shape[1], len(pairs)
+    weight = torch.ones_like(plain) if trust is None else trust.to(plain)
     for residual, alive in ((plain * use_plain, torch.ones_like(now)), (near * ~use_plain, (now - old).abs() < eps)):
-        each = 2 * residual / count / steps  # (M,) derivative by every step of a, minus that of b
+        each = 2 * weight * residual / count / steps  # (M,) derivative by every step of a, minus that of b
         by_sample = torch.zeros_like(rewards, dtype=now.dtype).index_add(0, a, each).index_add(0, b, -each)
         slope += by_sample[:, None] * alive
-    return Residual(torch.maximum(plain.square(), near.square()).mean(), slope)
+    return Residual((weight * torch.maximum(plain.square(), near.square())).mean(), slope)

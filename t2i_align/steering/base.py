@@ -25,6 +25,8 @@ from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, 
 from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards.base import Scorer, Scores
 
+Value = Callable[[Tensor, int, Cond], Tensor]  # latents (B, ...), their row of the grid, condition -> (B,)
+
 
 class SteeringError(T2IError):
     """A steering run that cannot be done, or cannot go on."""
@@ -211,6 +213,20 @@ class Ctx:
         """Number of steps on the grid."""
         return self.driver.grid(self.steps).steps
 
+    def open_value(self, value: Value | str | None) -> Value | None:
+        """A value function from its folder, its network calls counted; a callable as it is."""
+        if not isinstance(value, str):
+            return value
+        from t2i_align.values import Served
+
+        served = Served.open(value, self.driver, self.steps, self.max_batch)
+
+        def counted(x: Tensor, row: int, cond: Cond) -> Tensor:
+            self.cost.forwards += served.calls * len(x)
+            return served(x, row, cond)
+
+        return counted
+
     def step(self, x: Tensor, row: int, cond: Cond, kernel: Kernel, **call: Any) -> Step:
         """One reverse step of all samples, `max_batch` at a time; counted."""
         self.cost.forwards += len(x)
@@ -329,6 +345,18 @@ class Steering(Settings):
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Steer `particles` samples of every prompt."""
         raise NotImplementedError
+
+
+def check_value(value: Value | str | None) -> Value | str | None:
+    """Raise SteeringError where a folder holds no value function."""
+    if isinstance(value, str):
+        from t2i_align.values.value import is_value
+
+        if not is_value(value):
+            raise SteeringError(
+                f"Expected a folder with a value function, such as the value/ of a vard run, but got {value!r}."
+            )
+    return value
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

@@ -6,11 +6,11 @@
                         = lam sum(r_s for s up to t)   `sum`
     last step   log G_0 = lam r(x0) - (what the particle's line has paid), exact for every potential
 
-r_t is the reward of the decoded x0 prediction at x_t. Departures from the published code, which does not sample its
-target (its exact toy reaches a mean of .74, .72 and 4.40 instead of 1): weights are carried in log space where a
-resampling is skipped; the last step pays the final reward; a reward weighs the latent it was computed from, not its
-child; resampling is systematic; lam is in units of the reward's own spread unless `lam_units` is `raw`; potentials
-along the way may be weaker than the last (`along`).
+r_t is the reward of the decoded x0 prediction at x_t, or a learned value of x_t. Departures from the published code,
+which does not sample its target (its exact toy reaches a mean of .74, .72 and 4.40 instead of 1): weights are carried
+in log space where a resampling is skipped; the last step pays the final reward; a reward weighs the latent it was
+computed from, not its child; resampling is systematic; lam is in units of the reward's own spread unless `lam_units`
+is `raw`; potentials along the way may be weaker than the last (`along`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from t2i_align.prompts import Prompts
 from t2i_align.smc import Weights, flat_index
-from t2i_align.steering.base import Ctx, Steered, Steering, timed
+from t2i_align.steering.base import Ctx, Steered, Steering, Value, check_value, timed
 
 # (lam, rewards r (P, K), memory) -> log potential; the memory is r before, the maximum so far, the sum so far
 POTENTIALS: dict[str, Callable[[float | Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
@@ -68,6 +68,11 @@ class FK(Steering):
     resampling: Literal["systematic", "multinomial"] = Field("systematic", description="how offspring are drawn")
     ess: float = Field(0.5, ge=0, le=1, description="resample below this share of effective particles; 1: always")
     preview_scale: float = Field(1.0, gt=0, le=1, description="size of the latents that rewards along the way see")
+    value: Value | str | None = Field(
+        None, description="folder of a learned value function, or a callable, for rewards along the way; null: x0hat's"
+    )
+
+    _is_value = field_validator("value")(check_value)
 
     @model_validator(mode="after")
     def _ordered(self) -> FK:
@@ -95,12 +100,13 @@ class FK(Steering):
         x = start = ctx.start(cond, ids)
         streams = ctx.all_streams(ids)
         scheduled = self.schedule(ctx.rows)
-        state = State(self, len(prompts), len(scheduled))
+        state, value = State(self, len(prompts), len(scheduled)), ctx.open_value(self.value)
         for row in range(ctx.rows):
             step = ctx.step(x, row, cond, kernel)
             mean = step.q.mean
             if row in scheduled:
-                rewards = ctx.rewards(step.x0, many, self.preview_scale).reshape(-1, K)
+                seen = ctx.rewards(step.x0, many, self.preview_scale) if value is None else value(x, row, cond).cpu()
+                rewards = seen.reshape(-1, K)
                 state.weigh(rewards)
                 ess = state.weights.ess
                 ancestors = state.resample(ctx.uniforms(prompts, K, row))

@@ -11,11 +11,10 @@ lam = infinity, the published code's choice, overshoots any tilt of the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from t2i_align.keys import key
@@ -23,9 +22,7 @@ from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.kernels import Kernel, Step
 from t2i_align.prompts import Prompts
 from t2i_align.smc import multinomial
-from t2i_align.steering.base import Ctx, Steered, Steering, timed
-
-Value = Callable[[Tensor, int, Cond], Tensor]  # latents (B, ...), their row of the grid, condition -> (B,)
+from t2i_align.steering.base import Ctx, Steered, Steering, Value, check_value, timed
 
 
 class SVDD(Steering):
@@ -40,10 +37,12 @@ class SVDD(Steering):
         1.0, gt=0, description="standard deviation of the value in which lam counts; 1: the value's own unit"
     )
     every: int = Field(1, gt=0, description="rows of the grid between two choices")
-    value: Value | None = Field(
-        None, description="(latents (B, ...), their row, condition) -> (B,); null: the reward of the x0 prediction"
+    value: Value | str | None = Field(
+        None, description="folder of a learned value function, or a callable; null: the reward of the x0 prediction"
     )
     preview_scale: float = Field(1.0, gt=0, le=1, description="size of the latents that rewards along the way see")
+
+    _is_value = field_validator("value")(check_value)
 
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Steer; all particles weigh the same."""
@@ -56,14 +55,14 @@ class SVDD(Steering):
         many, ids = prompts.repeat(K), ctx.ids(prompts, K)
         cond = ctx.encode(prompts).repeat(K)
         x = start = ctx.start(cond, ids)
-        streams, step = ctx.all_streams(ids), None
+        streams, step, value = ctx.all_streams(ids), None, ctx.open_value(self.value)
         for row in range(ctx.rows):
             step = ctx.step(x, row, cond, kernel) if step is None else step
             if self.candidates == 1 or row % self.every or not step.q.std.any():
                 x, step = ctx.draw(step.q, row, ids), None
                 continue
             drawn, names = self._candidates(ctx, step, row, ids)
-            values, after = self._values(ctx, drawn, row + 1, cond, many, kernel)
+            values, after = self._values(ctx, drawn, row + 1, cond, many, kernel, value)
             picked = self._pick(values.reshape(len(x), -1), ctx.uniforms(prompts, K, row).reshape(-1, 1))
             streams[:, row] = names.gather(1, picked)[:, 0]
             flat = (picked[:, 0] + self.candidates * torch.arange(len(x))).to(x.device)
@@ -84,14 +83,14 @@ class SVDD(Steering):
         return ctx.driver.draw(q, row, ctx.steps, ctx.seed, names), torch.tensor(names).reshape(-1, M)
 
     def _values(
-        self, ctx: Ctx, x: Tensor, row: int, cond: Cond, many: Prompts, kernel: Kernel
+        self, ctx: Ctx, x: Tensor, row: int, cond: Cond, many: Prompts, kernel: Kernel, value: Value | None
     ) -> tuple[Tensor, Step | None]:
         """Values (B M,) of candidates at a row, and the next steps from them where they had to be made."""
         M = self.candidates
         if row == ctx.rows:
             return ctx.rewards(x, many.repeat(M), preview=False), None
-        if self.value is not None:
-            return self.value(x, row, cond.repeat(M)).cpu(), None
+        if value is not None:
+            return value(x, row, cond.repeat(M)).cpu(), None
         after = ctx.step(x, row, cond.repeat(M), kernel)
         return ctx.rewards(after.x0, many.repeat(M), self.preview_scale), after
 

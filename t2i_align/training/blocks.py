@@ -92,6 +92,13 @@ class StopBlock(Settings):
     patience: int = Field(3, gt=0, description="evaluations without a new best one")
 
 
+class BudgetBlock(Settings):
+    """How far the policy may drift from the base; the weights kept are those of an evaluation within it."""
+
+    kl: float | None = Field(None, gt=0, description="nats per image")
+    chi2: float | None = Field(None, gt=0, description="sum over steps of the mean exp(2 KL) - 1")
+
+
 class EvaluateBlock(Settings):
     """What a run is measured on, as it goes."""
 
@@ -110,6 +117,7 @@ class EvaluateBlock(Settings):
     )
     kl_images: int = Field(16, gt=0, description="images on which the KL to the base is estimated")
     stop: StopBlock | None = Field(None, description="stop early, and keep the best weights")
+    budget: BudgetBlock = Field(BudgetBlock(), description="end the run at the first evaluation that is further away")
 
     @field_validator("watch")
     @classmethod

@@ -9,6 +9,7 @@ from t2i_align.runs import write_text
 
 if TYPE_CHECKING:
     from t2i_align.policy import Policy
+    from t2i_align.training.blocks import StopBlock
     from t2i_align.training.checkpoints import State
     from t2i_align.training.honest import Honest
 
@@ -61,7 +62,7 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
     lora = policy.weights.kind == "lora"
     per_round = config.prompts.per_round * config.method["group"]
     stop = config.evaluate.stop
-    how = "" if stop is None else f" The weights are those of step {kept['step']}, the best by `{stop.watch}`."
+    how = "" if watcher.best is None else f" The weights are those of step {kept['step']}, {chosen(stop)}."
     averaged = " They are averaged over the training (EMA)." if config.train.ema else ""
     text = CARD.format(
         method=config.method["use"],
@@ -79,6 +80,11 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         code=snippet(result),
     )
     write_text(result.parent / "README.md", text)
+
+
+def chosen(stop: StopBlock | None) -> str:
+    """Why these weights were kept."""
+    return "the last within the budget" if stop is None else f"the best by `{stop.watch}`"
 
 
 def snippet(result: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.config import TrainConfig
+from t2i_align.training.elastic import ElasticReset
 from t2i_align.training.method import Method, TrainingError
 
 FREE = ("steps", "checkpoint_every", "keep", "log_every")  # settings that may change when a run goes on
@@ -44,6 +45,9 @@ class State:
         self.average: dict[str, Tensor] | None = None
         if config.ema:
             self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.elastic: ElasticReset | None = None
+        if config.elastic_reset:
+            self.elastic = ElasticReset(self.weights, config.elastic_reset, config.elastic_decay)
         self.step, self.seconds = 0, 0.0
 
     def save(self, path: Path) -> None:
@@ -59,6 +63,7 @@ class State:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "elastic": None if self.elastic is None else self.elastic.state(),
             "method": self.method.state(),
             "method_name": type(self.method).__name__,
             "config": self.config.model_dump(mode="json"),
@@ -88,6 +93,8 @@ class State:
         self.optimizer.load_state_dict(content["optimizer"])
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
+        if self.elastic is not None:
+            self.elastic.restore(content["elastic"])
         self.method.restore(content["method"])
         self.step, self.seconds = content["step"], content["seconds"]
 

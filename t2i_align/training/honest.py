@@ -21,7 +21,7 @@ from t2i_align.rewards import Scorer
 from t2i_align.rewards.features import Extract, extract_features
 from t2i_align.rewards.sets import vendi
 from t2i_align.runs import append_jsonl, read_jsonl
-from t2i_align.training.blocks import TRAINED, RunConfig
+from t2i_align.training.blocks import TRAINED, BudgetBlock, RunConfig
 from t2i_align.training.checkpoints import BEST, State
 from t2i_align.training.curves import plot_curves
 from t2i_align.training.distributed import World
@@ -95,13 +95,18 @@ class Honest(Observer):
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row with the best watched score, the earlier of equal ones; None without `stop`."""
+        """The row with the best watched score within the budget, the earlier of equal ones; without `stop` the last.
+
+        None without `stop` and budget.
+        """
         return self._best_of(self.rows)
 
     @property
     def stopped(self) -> bool:
         """Whether the run should end."""
         stop, best = self.config.evaluate.stop, self.best
+        if any(not self.within(row) for row in self.rows):
+            return True
         if stop is None or best is None:
             return False
         return len(self.rows) - 1 - self.rows.index(best) >= stop.patience
@@ -111,10 +116,18 @@ class Honest(Observer):
         scores = [{name: torch.tensor(values) for name, values in r["scores"].items()} for r in (self.rows[0], row)]
         return {name: compare(scores[0][name], scores[1][name]) for name in scores[0]}
 
+    def within(self, row: dict[str, Any]) -> bool:
+        """Whether an evaluation is within the budget; the first one is, wherever the run starts."""
+        limits = self.config.evaluate.budget.model_dump()
+        return row["step"] == 0 or all(limit is None or row[name] <= limit for name, limit in limits.items())
+
     def _best_of(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-        stop = self.config.evaluate.stop
-        if stop is None or not rows:
+        stop, budget = self.config.evaluate.stop, self.config.evaluate.budget
+        rows = [row for row in rows if self.within(row)]
+        if not rows or (stop is None and budget == BudgetBlock()):
             return None
+        if stop is None:
+            return rows[-1]
         return max(rows, key=lambda row: -math.inf if math.isnan(row[stop.watch]) else row[stop.watch])
 
     def _read(self, step: int) -> list[dict[str, Any]]:
@@ -129,7 +142,7 @@ class Honest(Observer):
             images = self._draw(f"step {state.step}")
             row = {"step": state.step} | self._judge(images) | self._measure(images)
             some = self.prompts[: self.config.evaluate.kl_images]
-            row["kl"] = 0.0 if is_base else kl_to_base(self.method, some, state.config.seed)
+            row |= {"kl": 0.0, "chi2": 0.0} if is_base else drift_from_base(self.method, some, state.config.seed)
         row["seconds"] = round(time.perf_counter() - started, 2)
         self._keep_pictures(images, state.step, is_base)
         if self._best_of([*self.rows, row]) is row:
@@ -178,29 +191,35 @@ class Honest(Observer):
 
 
 @torch.no_grad()
-def kl_to_base(method: OnPolicy, prompts: Prompts, seed: int) -> float:
-    """KL of the current model's chain of denoising steps to the base's: nats per image, on fresh training-type chains.
+def drift_from_base(method: OnPolicy, prompts: Prompts, seed: int) -> dict[str, float]:
+    """How far the current model's chains of denoising steps are from the base's, on fresh training-type chains.
 
-    The sum over steps of KL(p_theta(x_s | x_t) || p_base(x_s | x_t)) at latents of the current model: an unbiased
-    estimate of the KL of whole chains, which bounds that of the images.
+    `kl`: nats per image, the sum over steps of KL(p_theta(x_s | x_t) || p_base(x_s | x_t)) at latents of the current
+    model: an unbiased estimate of the KL of whole chains, which bounds that of the images. `chi2`: the sum over steps
+    of the mean chi-squared divergence, exp(2 KL) - 1 for two Gaussians of one standard deviation; that of whole chains
+    is a product over steps and explodes (arXiv 2403.03185 has it for one step).
     """
     s, driver, call, kernel = method.settings, method.tools.driver, method.tools.call, method.kernel
     cond = driver.encode(prompts)
     seed = key(seed, "kl")
     x = driver.start(cond, s.steps, seed, **call)
-    latents, total = [x], torch.zeros(len(cond), device=x.device)
+    latents, kl, chi2 = [x], 0.0, 0.0
 
     def add(row: int, made: Step, after: Tensor) -> None:
+        nonlocal kl, chi2
         if made.q.std.any():
+            moved = torch.zeros(len(cond), device=x.device)
             with method.policy.reference():
                 for first in range(0, len(cond), s.batch_size):
                     part = slice(first, first + s.batch_size)
                     base = driver.step(latents[-1][part], row, cond[part], s.steps, kernel, **call).q
-                    total[part] += made.q._replace(mean=made.q.mean[part]).kl(base)
+                    moved[part] = made.q._replace(mean=made.q.mean[part]).kl(base)
+            kl += float(moved.mean())
+            chi2 += float((2 * moved.double()).clamp(max=600).expm1().mean())
         latents.append(after)
 
     driver.rollout(cond, s.steps, kernel, seed, on_step=add, batch_size=s.batch_size, start=x, **call)
-    return float(total.mean())
+    return {"kl": kl, "chi2": chi2}
 
 
 def pairwise_distance(features: Tensor, group: int) -> Tensor:

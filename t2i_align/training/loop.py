@@ -223,4 +223,8 @@ def _update(
         scaler.update()
     if config.ema:
         state.update_average(config.ema)
+    if state.elastic is not None:
+        state.elastic.follow()
+        if state.elastic.due(state.step + 1, method.updates):
+            state.elastic.reset(state.optimizer)
     metrics.add({"loss": total, "gradient_norm": norm, "learning_rate": rate})

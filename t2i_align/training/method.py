@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,9 @@ class Method(nn.Module):
         the standard deviation of rewards that the method learns from.
         """
         return {}
+
+    def save(self, folder: Path) -> None:
+        """Write what a run has made besides the trained weights into its folder."""
 
     def check_term(self) -> None:
         """Called after each loss term: raise where the method left something behind, such as an open context."""

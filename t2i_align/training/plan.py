@@ -77,7 +77,7 @@ def make_plan(parts: Parts) -> Plan:
     prompts = min(config.prompts.per_round, max(1, s.batch_size // s.group))
     share = prompts / config.prompts.per_round
     method.settings = s.model_copy(update={"minibatches": 1, "epochs": 1})
-    ctx = Ctx(config.train.seed, 0, parts.device, 0, ALONE)
+    ctx = Ctx(config.train.seed, config.train.steps, parts.device, 0, ALONE)  # past a warm-up
     table = parts.pool.draw(config.train.seed, 0, prompts)
     try:
         with counted(method.policy.network) as drawn, largest_layer(parts.pipe) as decoded, torch.no_grad():

@@ -182,4 +182,5 @@ def write_result(parts: Parts, state: State, watcher: Honest, kept: dict[str, An
         with state.averaged():
             policy.update_average(0.0)  # all of it
     policy.save(result, averaged=state.average is not None)
+    parts.method.save(folder)
     write_card(result, watcher, policy, state, kept)

@@ -1,0 +1,72 @@
+"""Is a value function right? Its predictions against final rewards, by noise level.
+
+Predictions are made of a round's images before the value function learns from them, so that all of them are new to it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COLUMNS, SIZE, BINS = 4, 2.2, 8  # panels in a row, inches of one, groups of equal size in a reliability curve
+BLUE, GRAY = "#3b6ea5", "#b0b7bf"
+
+
+class Calibration(NamedTuple):
+    """Of one row of the grid. `r2`: 1 - mean squared error / variance, 1 for perfect, 0 for the mean; `slope` of the
+    reward over the prediction, 1 where a difference of values means what it says; `bias`: mean of prediction - reward.
+    """
+
+    row: int
+    correlation: float
+    r2: float
+    slope: float
+    bias: float
+
+
+def calibrate(predicted: Tensor, rewards: Tensor) -> list[Calibration]:
+    """Calibration of predictions (n, rows) for rewards (n,), in one unit; images without a reward are left out."""
+    known = rewards.isfinite()
+    p, r = predicted[known].double(), rewards[known].double()[:, None]
+    off_p, off_r = p - p.mean(0), r - r.mean(0)
+    spread_p, spread_r = off_p.square().mean(0), off_r.square().mean(0)
+    both = (off_p * off_r).mean(0)
+    slope = torch.where(spread_p > 0, both / spread_p, 0.0)
+    correlation = torch.where(spread_p * spread_r > 0, both / (spread_p * spread_r).sqrt(), 0.0)
+    r2 = 1 - (p - r).square().mean(0) / spread_r.clamp(min=1e-12)
+    bias = (p - r).mean(0)
+    columns = zip(correlation.tolist(), r2.tolist(), slope.tolist(), bias.tolist(), strict=True)
+    return [Calibration(row, *numbers) for row, numbers in enumerate(columns)]
+
+
+def plot_calibration(predicted: Tensor, rewards: Tensor, path: Path) -> None:
+    """A panel per noise level, noisiest first: mean rewards over mean predictions of groups of images; r2 by row."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    known = rewards.isfinite()
+    p, r = predicted[known].double(), rewards[known].double()
+    rows = p.shape[1]
+    lines = -(-(rows + 1) // COLUMNS)
+    figure = Figure(figsize=(COLUMNS * SIZE, lines * SIZE), layout="constrained", dpi=110)
+    panels = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
+    found = calibrate(p, r)
+    low, high = float(r.quantile(0.02)), float(r.quantile(0.98))
+    for row, axes in zip(range(rows), panels, strict=False):
+        groups = p[:, row].argsort().chunk(BINS)
+        means = [(float(p[group, row].mean()), float(r[group].mean())) for group in groups]
+        axes.plot([low, high], [low, high], color=GRAY, linewidth=1)
+        axes.plot(*zip(*means, strict=True), ".-", color=BLUE)
+        axes.set_title(f"row {row}: r2 {found[row].r2:.2f}, slope {found[row].slope:.2f}", fontsize=7)
+        axes.set(xlim=(low, high), ylim=(low, high))
+    panels[rows].plot([each.r2 for each in found], ".-", color=BLUE)
+    panels[rows].axhline(0, color=GRAY, linewidth=1)
+    panels[rows].set_title("r2 by row, noisiest first", fontsize=7)
+    for axes in panels:
+        axes.tick_params(labelsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[rows + 1 :]:
+        axes.set_visible(False)
+    figure.savefig(path)
