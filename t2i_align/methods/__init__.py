@@ -17,6 +17,12 @@ METHODS = {
     "grpo": "t2i_align.methods.grpo:GRPO",
     "d3po": "t2i_align.methods.d3po:D3PO",
     "prdp": "t2i_align.methods.prdp:PRDP",
+    "refl": "t2i_align.methods.reward_gradient:ReFL",
+    "draft": "t2i_align.methods.reward_gradient:DRaFT",
+    "alignprop": "t2i_align.methods.reward_gradient:AlignProp",
+    "diffusion_dpo": "t2i_align.methods.diffusion_dpo:DiffusionDPO",
+    "nft": "t2i_align.methods.nft:NFT",
+    "rwr": "t2i_align.methods.rwr:RWR",
 }
 
 
