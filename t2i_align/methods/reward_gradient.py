@@ -1,27 +1,18 @@
-"""Rewards backpropagated through the sampler: ReFL (arXiv 2304.05977), DRaFT (2309.17400), AlignProp (2310.03739).
+"""What reward gradients share: a differentiable reward backpropagated through decoder and sampler into the policy.
 
     loss = scale E[shape(r(decode(x0), prompt))],   shape(r) = -r, max(0, goal - r) or |goal - r|
 
-They differ in which of the T reverse steps keep their graph; the latents before are sampled without one.
-
-    refl       one step, drawn from the last `window` share of them; x0 is its prediction there
-    draft      the last K steps; with `lv` n > 0 the finished latents are noised to the last level n times, and the last
-               step from there keeps its graph (DRaFT-LV): n gradients of one image, less noisy than that of one step
-    alignprop  the last K steps, K drawn per batch: U(1, T), or about N(0.16 T, 0.1 T)
-
-refl at the last step, draft with K = 1 and alignprop with fixed K = 1 are one method, draft with K = T is full
-backpropagation. Only latents between steps, and those before decoder and scorer, are kept; the rest is computed
-again in the backward pass (`checkpointing`). The gradient is taken through the scorer, then the decoder, then the
-network, so that one graph is in memory and no weights but the policy's get gradients. ReFL's second term, the denoising
-error on images of a data set, is `pretrain` with `pretrain_data`. Departures: guidance acts in training as it does in
-evaluation unless the run says otherwise (ReFL trains without); clamped pixels pass gradients on, which the published
-code loses; the stop of ReFL is drawn per batch of samples, by its place in the round.
+A method says which of the reverse steps keep their graph (`refl.py`, `draft.py`). Only latents between steps, and those
+before decoder and scorer, are kept; the rest is computed again in the backward pass (`checkpointing`). The gradient is
+taken through the scorer, then the decoder, then the network, so that no weights but the policy's get gradients, and a
+sample without a finite one is left out. A pre-training term, the denoising error on images of a data set, holds the
+model to them. Departures: guidance acts in training as the run says (ReFL trains without); clamped pixels pass
+gradients on, which the published code loses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -43,14 +34,16 @@ from t2i_align.steering.gradients import SCORER_SCALE, pull
 from t2i_align.training import Ctx, Term, TrainingError
 
 Make = Callable[[], Tensor]
+Shape = Literal["linear", "margin", "target"]
 
 
 class GradientSettings(SamplingSettings):
     """What all of them share."""
 
     group: int = Field(1, gt=0, description="images per prompt")
+    batch_size: int = Field(8, gt=0, description="samples that go through network and scorer together")
     kernel: str | None = Field(None, description="reverse steps; null: ddim(1.0), on flow models flow_sde(0.7)")
-    loss: Literal["linear", "margin", "target"] = Field("linear", description="-r, max(0, goal - r) or |goal - r|")
+    loss: Shape = Field("linear", description="-r, max(0, goal - r) or |goal - r|")
     goal: float = Field(2.0, description="of `margin` and `target`, in the unit of the reward")
     scale: float = Field(1.0, gt=0, description="weight of the reward; it matters beside `pretrain` alone")
     pretrain: float = Field(0.0, ge=0, description="weight of the denoising error on images of `pretrain_data`")
@@ -59,29 +52,6 @@ class GradientSettings(SamplingSettings):
     checkpointing: bool = Field(True, description="compute steps, decoder and scorer again in the backward pass")
     epochs: ClassVar[int] = 1  # type: ignore[misc]  # images are drawn by the weights of their update
     trained_rows: ClassVar[float] = 1.0  # type: ignore[misc]
-
-
-class ReFLSettings(GradientSettings):
-    """Settings of ReFL."""
-
-    loss: Literal["linear", "margin", "target"] = Field("margin", description="-r, max(0, goal - r) or |goal - r|")
-    scale: float = Field(1e-3, gt=0, description="weight of the reward; it matters beside `pretrain` alone")
-    window: float = Field(0.25, gt=0, le=1, description="share of the steps, the last ones, in which one is drawn")
-
-
-class DRaFTSettings(GradientSettings):
-    """Settings of DRaFT."""
-
-    kernel: str | None = Field("ode", description="reverse steps; null: ddim(1.0), on flow models flow_sde(0.7)")
-    keep: int = Field(1, gt=0, description="K, the last steps that keep their graph")
-    lv: int = Field(0, ge=0, description="n of DRaFT-LV, with keep: 1; 0 for none")
-
-
-class AlignPropSettings(GradientSettings):
-    """Settings of AlignProp."""
-
-    keep: Literal["uniform", "gaussian"] | int = Field("uniform", description="K: drawn from U(1, T) or N, or fixed")
-    lv: ClassVar[int] = 0
 
 
 class Starts(NamedTuple):
@@ -213,76 +183,6 @@ class RewardGradient(OnPolicy):
             cond = self.tools.driver.encode(table[rows])
         noised = self.process.keyed(ctx, x0, [ids[row] for row in rows], 0)
         return self.settings.pretrain * self.process.error(noised, cond).sum() * len(ids) / len(rows)
-
-
-class ReFL(RewardGradient):
-    """The reward of the prediction at one of the last steps."""
-
-    settings: ReFLSettings
-
-    def latents(self, ctx: Ctx, batch: Starts, part: slice) -> Iterator[Make]:
-        """The prediction of x0 at the stop."""
-        window = max(1, round(self.settings.window * self.total))
-        g = ctx.generator("stop", batch.first + part.start)
-        stop = self.total - 1 - int(torch.randint(window, (), generator=g))
-        with torch.no_grad():
-            x = self.sampled(batch, part, batch.x[part], range(stop))
-        yield lambda: self.again(lambda x: self.predicted(x, stop, batch.cond[part]), x)
-
-    def predicted(self, x: Tensor, row: int, cond: Cond) -> Tensor:
-        """The estimate of x0 (B, ...) from a row."""
-        return self.tools.driver.step(x, row, cond, self.settings.steps, self.sampler, **self.tools.call).x0
-
-
-class DRaFT(RewardGradient):
-    """The reward of the finished image through the last K steps."""
-
-    settings: DRaFTSettings
-
-    @classmethod
-    def refuse(cls, settings: Any, columns: Any) -> str | None:
-        """DRaFT-LV keeps one step, and there are no more steps to keep than there are."""
-        if settings.lv and settings.keep != 1:
-            return f"method.lv: expected keep: 1 beside it but got {settings.keep}"
-        return super().refuse(settings, columns)
-
-    def latents(self, ctx: Ctx, batch: Starts, part: slice) -> Iterator[Make]:
-        """The finished latents, or those of the last step from fresh noise."""
-        kept, draws = self.kept(ctx, batch.first + part.start), self.settings.lv
-        with torch.no_grad():
-            x = self.sampled(batch, part, batch.x[part], range(self.total if draws else self.total - kept))
-        last = range(self.total - kept, self.total)
-        if not draws:
-            yield partial(self.sampled, batch, part, x, last)
-        for number in range(draws):
-            yield partial(self.sampled, batch, part, self.noised(ctx, batch, part, x, number), last)
-
-    def kept(self, ctx: Ctx, place: int) -> int:
-        """K of the batch of samples that starts at a place."""
-        return min(self.settings.keep, self.total)
-
-    def noised(self, ctx: Ctx, batch: Starts, part: slice, x: Tensor, number: int) -> Tensor:
-        """Finished latents at the last level of the grid again, with fresh noise."""
-        eps = [torch.randn(x.shape[1:], generator=ctx.generator("lv", i, number)) for i in batch.ids(part)]
-        return self.process.noised(x, self.total - 1, torch.stack(eps)).x
-
-
-class AlignProp(DRaFT):
-    """DRaFT with a random number of kept steps."""
-
-    settings: AlignPropSettings  # type: ignore[assignment]
-
-    def kept(self, ctx: Ctx, place: int) -> int:
-        """K of the batch of samples that starts at a place."""
-        keep, most, g = self.settings.keep, self.total, ctx.generator("truncate", place)
-        if isinstance(keep, int):
-            return min(keep, most)
-        if keep == "uniform":
-            return 1 + int(torch.randint(most, (), generator=g))
-        drawn = 0
-        while not 0 < drawn <= max(1, most - 1):  # redrawn as published: of 50 steps, 1 to 49
-            drawn = most - int(0.84 * most + 0.1 * most * float(torch.randn((), generator=g)))
-        return drawn
 
 
 def shaped(rewards: Tensor, loss: str, goal: float) -> Tensor:
