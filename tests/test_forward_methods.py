@@ -27,6 +27,7 @@ from t2i_align.rewards import FunctionScorer
 from t2i_align.training import Ctx, fit
 from t2i_align.training.blocks import load_run
 from t2i_align.training.prompts import make_pool
+from t2i_align.training.run import train
 from tests.families.subject import Subject
 from tests.test_methods import linear
 
@@ -430,3 +431,35 @@ def test_every_one_raises_the_reward_of_the_toy(use, settings, flow, tmp_path):
     assert after > before + 0.2
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert {"reward", "images", "loss"} <= set(row)
+
+
+def test_a_run_on_given_pairs_from_its_config(tmp_path, capsys):
+    """The redder of two pictures is better; the run reads them, trains, evaluates and says what it was trained on."""
+    for side, red in (("w", 200), ("l", 60)):
+        (tmp_path / "pairs" / side).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (red, 100 + number, 128)).save(tmp_path / "pairs" / side / f"{number}.png")
+            (tmp_path / "pairs" / side / f"{number}.txt").write_text(f"0.{number}")
+    (tmp_path / "pairs" / "w" / "alone.png").write_bytes(b"")
+    (tmp_path / "heldout.txt").write_text("0.1\n0.5")
+    config = {
+        "out": str(tmp_path / "run"),
+        "method": {"use": "diffusion_dpo", "batch_size": 4, "beta": 20.0, "times": "grid", "steps": 3, "levels": 2},
+        "policy": {"use": "full"},
+        "reward": "tests.test_run:Red",
+        "prompts": {"use": "pairs", "path": str(tmp_path / "pairs"), "per_round": 4},
+        "train": {"steps": 4, "learning_rate": 0.1, "weight_decay": 0.0, "log_every": 2},
+        "evaluate": {"every": 4, "steps": 3, "images": 1, "watch": [], "kl_images": 2}
+        | {"prompts": {"use": "file", "path": str(tmp_path / "heldout.txt")}},
+        "log": {"tensorboard": False},
+    }
+    done = train(config, pipeline=toy_pipeline(size=8))
+    first, last = (json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines())
+    assert done.step == 4
+    assert last["reward"] > first["reward"]
+    assert last["kl"] > 0
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["pairs"] == 4
+    assert metrics["accuracy"] > 0
+    assert "trained on given preferences by diffusion_dpo" in (tmp_path / "run" / "README.md").read_text()
+    assert capsys.readouterr().err.count("alone: it is in w/ alone") == 1

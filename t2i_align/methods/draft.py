@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from t2i_align.methods.reward_gradient import GradientSettings, Make, RewardGradient, Starts
@@ -36,7 +36,9 @@ class DRaFTSettings(GradientSettings):
 class AlignPropSettings(GradientSettings):
     """Settings of AlignProp."""
 
-    keep: Literal["uniform", "gaussian"] | int = Field("uniform", description="K: drawn from U(1, T) or N, or fixed")
+    keep: Literal["uniform", "gaussian"] | PositiveInt = Field(
+        "uniform", description="K: drawn from U(1, T), or N(0.16 T, 0.1 T), or fixed"
+    )
     lv: ClassVar[int] = 0
 
 

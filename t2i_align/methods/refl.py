@@ -23,7 +23,6 @@ class ReFLSettings(GradientSettings):
     """Settings of ReFL."""
 
     loss: Shape = Field("margin", description="-r, max(0, goal - r) or |goal - r|")
-    scale: float = Field(1e-3, gt=0, description="weight of the reward; it matters beside `pretrain` alone")
     window: float = Field(0.25, gt=0, le=1, description="share of the steps, the last ones, in which one is drawn")
 
 

@@ -6,8 +6,9 @@ A method says which of the reverse steps keep their graph (`refl.py`, `draft.py`
 before decoder and scorer, are kept; the rest is computed again in the backward pass (`checkpointing`). The gradient is
 taken through the scorer, then the decoder, then the network, so that no weights but the policy's get gradients, and a
 sample without a finite one is left out. A pre-training term, the denoising error on images of a data set, holds the
-model to them. Departures: guidance acts in training as the run says (ReFL trains without); clamped pixels pass
-gradients on, which the published code loses.
+model to them; ReFL's published weights are 1e-3 for the reward and 1 for that. Departures: guidance acts in training as
+the run says (ReFL trains without); clamped pixels pass gradients on, which the published code loses; decoder and scorer
+compute in their own number type whatever the network trains in.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts, read_prompts
 from t2i_align.steering.gradients import SCORER_SCALE, pull
 from t2i_align.training import Ctx, Term, TrainingError
+from t2i_align.training.health import INVALID
 
 Make = Callable[[], Tensor]
 Shape = Literal["linear", "margin", "target"]
@@ -45,7 +47,7 @@ class GradientSettings(SamplingSettings):
     kernel: str | None = Field(None, description="reverse steps; null: ddim(1.0), on flow models flow_sde(0.7)")
     loss: Shape = Field("linear", description="-r, max(0, goal - r) or |goal - r|")
     goal: float = Field(2.0, description="of `margin` and `target`, in the unit of the reward")
-    scale: float = Field(1.0, gt=0, description="weight of the reward; it matters beside `pretrain` alone")
+    scale: float = Field(1.0, gt=0, description="weight of the reward beside `pretrain`; Adam does not see it alone")
     pretrain: float = Field(0.0, ge=0, description="weight of the denoising error on images of `pretrain_data`")
     pretrain_data: str | None = Field(None, description="table with the columns prompt and image, paths beside it")
     straight_through: bool = Field(True, description="let gradients through pixels that are clamped at 0 or 1")
@@ -76,6 +78,11 @@ class RewardGradient(OnPolicy):
 
     def __init__(self, settings: GradientSettings, policy: Policy, tools: Tools) -> None:
         super().__init__(settings, policy, tools)
+        if tools.reward.groupwise:
+            raise TrainingError(
+                f"Expected a reward of each image by itself but {tools.reward.name} compares the images of a prompt: "
+                "use a method without reward gradients, such as grpo."
+            )
         self.total = tools.driver.grid(settings.steps, **tools.call).steps
         self.process = Forward(tools.driver, settings.steps, self.total, "uniform", tools.call)
         self.pictures = None if settings.pretrain_data is None else read_pictures(settings.pretrain_data)
@@ -118,7 +125,7 @@ class RewardGradient(OnPolicy):
     def losses(self, ctx: Ctx, batch: Starts) -> Iterator[Term]:
         """One term per batch of samples and gradient of theirs, then the pre-training term."""
         chunks = self.chunks(ctx, len(batch.x))
-        images = self.samples(ctx, chunks)
+        images, invalid = self.samples(ctx, chunks), 0.0
         for part in chunks:
             made = list(self.latents(ctx, batch, part))
             for make in made:
@@ -127,8 +134,14 @@ class RewardGradient(OnPolicy):
                 share = 1 / (images * len(made))
                 straight = (latents.float() * slope).sum()
                 known = rewards[rewards.isfinite()]
+                invalid += (len(rewards) - len(known)) / len(made)
                 stats: dict[str, Tensor | float] = {"reward": known, "invalid": len(rewards) - len(known)}
                 yield Term((loss + straight - straight.detach()) * share, stats)
+                if invalid > INVALID * images:
+                    raise TrainingError(
+                        f"{invalid:g} of the {images:g} images of an update have a reward that is no number: score some "
+                        "by hand to see why; the last checkpoint is kept."
+                    )
             if self.settings.pretrain:
                 yield Term(self.pretraining(ctx, batch, part) / images, {})
 
@@ -141,19 +154,19 @@ class RewardGradient(OnPolicy):
         s, driver = self.settings, self.tools.driver
         found = {"image_processor", "video_processor"} & set(vars(driver.pipe))
         latents = latents.requires_grad_()
-        images = driver.decode(
-            latents, s.batch_size, straight_through=s.straight_through and bool(found), checkpointing=s.checkpointing
-        )
-        pixels = images.detach().float().requires_grad_()
-        rewards = self.again(lambda seen: self.tools.reward.scores(seen, prompts).total, pixels)
-        if not rewards.requires_grad:
-            raise TrainingError(
-                f"Expected a differentiable reward but the scores of {self.tools.reward.name} have no gradient."
-            )
-        known = rewards.isfinite()
-        loss = s.scale * shaped(rewards[known], s.loss, s.goal).sum()
-        (slope,) = torch.autograd.grad(SCORER_SCALE * loss, pixels)
-        return loss.detach(), pull(images, latents, slope / SCORER_SCALE), rewards.detach()
+        with torch.autocast(latents.device.type, enabled=False):
+            free = s.straight_through and bool(found)
+            images = driver.decode(latents, s.batch_size, straight_through=free, checkpointing=s.checkpointing)
+            pixels = images.detach().float().requires_grad_()
+            rewards = self.again(lambda seen: self.tools.reward.scores(seen, prompts).total, pixels)
+            if not rewards.requires_grad:
+                raise TrainingError(
+                    f"Expected a differentiable reward but the scores of {self.tools.reward.name} have no gradient."
+                )
+            known = rewards.isfinite()
+            loss = s.scale * shaped(rewards[known], s.loss, s.goal).sum()
+            (slope,) = torch.autograd.grad(SCORER_SCALE * loss, pixels)
+            return loss.detach(), pull(images, latents, slope / SCORER_SCALE), rewards.detach()
 
     def sampled(self, batch: Starts, part: slice, x: Tensor, rows: range) -> Tensor:
         """Latents (B, ...) after some rows, with their graph where gradients are on."""
