@@ -139,8 +139,8 @@ class RewardGradient(OnPolicy):
                 yield Term((loss + straight - straight.detach()) * share, stats)
                 if invalid > INVALID * images:
                     raise TrainingError(
-                        f"{invalid:g} of the {images:g} images of an update have a reward that is no number: score some "
-                        "by hand to see why; the last checkpoint is kept."
+                        f"{invalid:g} of {images:g} images of an update have a reward that is no number: score some by "
+                        "hand to see why; the last checkpoint is kept."
                     )
             if self.settings.pretrain:
                 yield Term(self.pretraining(ctx, batch, part) / images, {})
