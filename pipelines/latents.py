@@ -23,6 +23,7 @@ from t2i_align.pipelines.calling import DriverError
 from t2i_align.pipelines.driven import no_rows
 from t2i_align.pipelines.driver import Driver
 
+AUTOENCODERS = ("vae", "movq", "vqvae")  # their names in pipelines
 OFF = {torch.float32: 1e-4, torch.float64: 1e-4}  # largest relative error of the inverse
 OFF_HALF = 3e-2
 
@@ -44,7 +45,8 @@ class LatentEncoder:
 
     def __init__(self, driver: Driver, **call: Any) -> None:
         self.driver, self.call = driver, call
-        self.vae: Any = getattr(driver.pipe, "vae", None)
+        self.name = next((name for name in AUTOENCODERS if getattr(driver.pipe, name, None) is not None), None)
+        self.vae: Any = None if self.name is None else getattr(driver.pipe, self.name)
         if driver._upcasts():
             driver.exact_vae = driver.exact_vae or copy.deepcopy(driver.pipe.vae).float()
             self.vae = driver.exact_vae
@@ -82,22 +84,22 @@ class LatentEncoder:
 
     def given(self, x: Tensor) -> Tensor:
         """What the decoder is given for latents x: z (B, ...); without an autoencoder the pictures."""
-        if self.vae is None:
+        if self.name is None:
             return self.driver.decode(x, len(x), **self.call)
         driver = self.driver
         pipe, caught = driver._copy(no_rows), list[Tensor]()
-        pipe.__dict__["vae"] = held_back(self.vae, caught)
+        pipe.__dict__[self.name] = held_back(self.vae, caught)
         x = x.float() if driver._upcasts() else x
         told = driver._tell(pipe, driver._blank()[[0] * len(x)]) | driver._give(pipe, x.contiguous())
         try:
             driver._run(pipe, 1, {**told, **self.call, "output_type": "pt"})
         except _Held:
             return caught[0].float()
-        raise DriverError(self._complaint("does not decode by its vae"))
+        raise DriverError(self._complaint(f"does not decode by its {self.name}"))
 
     def encoded(self, images: Tensor, like: Tensor) -> Tensor:
         """The mean of the encoder's posterior, shaped like what the decoder is given."""
-        if self.vae is None:
+        if self.name is None:
             return images.to(like)
         weight = next(self.vae.parameters())
         pixels = (2 * images - 1).to(weight.device, weight.dtype)

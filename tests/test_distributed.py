@@ -66,10 +66,10 @@ def train(name, folder, world, stop=None, resume=False):
 
 
 def draw_pairs(folder):
-    """Pictures of the toy's size, redder and less red ones."""
+    """Pictures of the toy's size; those of a pair differ in all channels, or Adam would learn from rounding errors."""
     for i, text in enumerate(ROUND):
-        for side, red in (("better", 160 + 5 * i), ("worse", 100 - 5 * i)):
-            Image.new("RGB", (2, 2), (red, 128, 128)).save(folder / f"{side}-{text}.png")
+        for side, color in (("better", (160 + 5 * i, 110 - i, 140)), ("worse", (100 - 5 * i, 140, 120 + 2 * i))):
+            Image.new("RGB", (2, 2), color).save(folder / f"{side}-{text}.png")
 
 
 def shard_fully(folder, world):
