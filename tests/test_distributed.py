@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from t2i_align.config import TrainConfig
 from t2i_align.errors import T2IError
@@ -31,6 +32,13 @@ METHODS = {
     "prdp": {"use": "prdp", "beta": 1.0, "eps": 0.2},
     "vard": {"use": "vard", "warmup": 2, "eta": 0.1, "minibatches": 2, "value": {"net": "conv", "width": 8}},
     "doubt": {"use": "grpo", "discount": 1.0, "clip": 0.2},
+    "refl": {"use": "refl", "scale": 1.0, "goal": 9.0, "minibatches": 2},
+    "draft": {"use": "draft", "lv": 2, "batch_size": 2},
+    "alignprop": {"use": "alignprop", "kernel": "ddim(1.0)"},
+    "dpo": {"use": "diffusion_dpo", "group": 2, "beta": 20.0, "minibatches": 2, "times": "grid", "drop_captions": 0.2},
+    "kto": {"use": "diffusion_dpo", "loss": "kto", "online": True, "beta": 5.0, "times": "grid", "sft": 0.1},
+    "nft": {"use": "nft", "slope": 0.2, "minibatches": 2},
+    "rwr": {"use": "rwr", "levels": 2, "times": "grid", "images": "base", "solver": "ode"},
 }
 ROUND = ["0", "0.5", "1", "1.5"]
 
@@ -39,6 +47,7 @@ class Reward(Scorer):
     """Doubts bright images."""
 
     name = "reward"
+    differentiable = True
 
     def forward(self, images, prompts):
         return reward(images, prompts.text), images.mean((1, 2, 3))
@@ -48,14 +57,30 @@ def reward(images, prompts):
     return (16 * (images[:, 0] - 0.5)).mean((1, 2)) + torch.tensor([0.3 * float(text) for text in prompts])
 
 
-def train(name, folder, world):
-    """Five updates or more on the toy."""
+def train(name, folder, world, stop=None, resume=False):
+    """Five updates or more on the toy; Ctrl-C before the round `stop`."""
     pipe = toy_pipeline(size=2)
     found, settings = read_method({"group": 4, "steps": 3, "batch_size": 4} | METHODS[name])
     method = found(settings, Policy.full(pipe), Tools(Driver(pipe), Reward()))
     steps = 8 if method.updates == 4 else 6
-    config = TrainConfig(steps=steps, learning_rate=0.05, weight_decay=0.0, log_every=1, ema=0.9)
-    return fit(method, lambda number: Prompts.of(ROUND), config, folder, world=world)
+    every = {"checkpoint_every": 2, "log_every": 1}
+    config = TrainConfig(steps=steps, learning_rate=0.05, weight_decay=0.0, ema=0.9, **every)
+    pictures = Path(folder).parent
+    columns = {side: tuple(str(pictures / f"{side}-{text}.png") for text in ROUND) for side in ("better", "worse")}
+
+    def data(number):
+        if number == stop:
+            raise KeyboardInterrupt
+        return Prompts(tuple(ROUND), columns)
+
+    return fit(method, data, config, folder, world=world, resume=resume)
+
+
+def draw_pairs(folder):
+    """Pictures of the toy's size; those of a pair differ in all channels, or Adam would learn from rounding errors."""
+    for i, text in enumerate(ROUND):
+        for side, color in (("better", (160 + 5 * i, 110 - i, 140)), ("worse", (100 - 5 * i, 140, 120 + 2 * i))):
+            Image.new("RGB", (2, 2), color).save(folder / f"{side}-{text}.png")
 
 
 def shard_fully(folder, world):
@@ -119,6 +144,7 @@ def both(tmp_path_factory):
     for folder in (two, one):
         (folder / "prompts.txt").write_text("\n".join(f"0.{i}" for i in range(9)))
         (folder / "heldout.txt").write_text("0.11\n0.55\n0.77")
+        draw_pairs(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,6 +193,21 @@ def test_two_processes_train_like_one(both, name):
             # A value of standard deviation 1 that has taken Adam's steps, and whose mean is near 0.
             rounding = 1e-5 if name == "vard" else 1e-6
             assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=rounding)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resumes_bit_identically(both, name):
+    one, _ = both
+    with pytest.raises(KeyboardInterrupt):
+        train(name, one / f"{name}-parts", World(), stop=1)
+    train(name, one / f"{name}-parts", World(), resume=True)
+    whole, parts = (
+        torch.load(max((one / n / "checkpoints").glob("*.pt")), weights_only=True) for n in (name, f"{name}-parts")
+    )
+    assert whole["step"] == parts["step"]
+    for part in ("weights", "average"):
+        for key, weight in whole[part].items():
+            assert torch.equal(weight, parts[part][key])
 
 
 def test_prompt_statistics_are_those_of_all_processes(both):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.rewards import Scorer
 from t2i_align.training.blocks import load_run
 from t2i_align.training.distributed import ALONE
 from t2i_align.training.plan import make_plan
@@ -24,6 +25,15 @@ CONFIG = {
     "train": {"steps": 1, "checkpoint_every": 1},
     "evaluate": {"prompts": {"split": "heldout", "size": 2}, "images": 1, "steps": 1, "watch": [], "every": 50},
 }
+
+
+class Bright(Scorer):
+    """A reward with gradients that loads nothing."""
+
+    name, differentiable = "bright", True
+
+    def forward(self, images, prompts):
+        return images.mean((1, 2, 3))
 
 
 def memory(name):
@@ -80,3 +90,28 @@ def test_counts_are_those_of_a_whole_round():
     assert plan.hours > 0
     assert all((p == q).all() for p, q in zip(before, parts.method.parameters(), strict=True))
     assert parts.method.settings.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn", "trained"),
+    [
+        (
+            {"use": "draft", "keep": 1},
+            0,
+            12 * (4 + 1 + 1) * 2,
+        ),  # the kept step is computed again; guidance counts twice
+        ({"use": "refl", "window": 0.01, "checkpointing": False}, 0, 12 * 5 * 2),
+        ({"use": "nft", "group": 2, "kl": 0.0, "trained_rows": 0.6}, 12 * 5, 12 * 3 * 2),  # policy and old policy
+        ({"use": "rwr", "group": 2, "levels": 2, "beta": 9.0}, 12 * 5 * 2, 12 * 2),
+        ({"use": "diffusion_dpo", "online": True, "loss": "simpo"}, 12 * 5 * 2, 12),
+    ],
+)
+def test_methods_on_gradients_and_finished_images_are_counted_too(settings, drawn, trained):
+    size = {"steps": 5, "batch_size": 4}
+    prompts = {"per_round": 12 if settings["use"] in ("draft", "refl") else 6}
+    blocks = {"policy": {"use": "full"}, "reward": "tests.test_plan:Bright", "prompts": prompts}
+    config = load_run(CONFIG | blocks | {"method": size | settings})
+    plan = make_plan(make_parts(config, ALONE, toy_pipeline(size=8)))
+    assert (plan.images, plan.drawn, plan.trained) == (12, drawn, trained)
+    assert plan.hours > 0
+    assert plan.memory.round > 0

@@ -18,6 +18,12 @@ METHODS = {
     "d3po": "t2i_align.methods.d3po:D3PO",
     "prdp": "t2i_align.methods.prdp:PRDP",
     "vard": "t2i_align.methods.vard:VARD",
+    "refl": "t2i_align.methods.refl:ReFL",
+    "draft": "t2i_align.methods.draft:DRaFT",
+    "alignprop": "t2i_align.methods.draft:AlignProp",
+    "diffusion_dpo": "t2i_align.methods.diffusion_dpo:DiffusionDPO",
+    "nft": "t2i_align.methods.nft:NFT",
+    "rwr": "t2i_align.methods.rwr:RWR",
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from t2i_align.config import Settings
 from t2i_align.keys import key
+from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.driver import Driver, noise_of
 from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, load_kernel
 from t2i_align.policy import Policy
@@ -91,13 +93,22 @@ class Rollout:
 
 
 class OnPolicy(Method):
-    """Base of methods that learn from images of the current model."""
+    """Base of methods that learn from images of the current model, or from given ones.
+
+    `needs_gradient`: gradients of the reward reach the weights, so that it must be differentiable.
+    """
 
     settings: SamplingSettings
+    needs_gradient: ClassVar[bool] = False
 
     def __init__(self, settings: SamplingSettings, policy: Policy, tools: Tools) -> None:
         super().__init__()
         self.settings, self.policy, self.tools = settings, policy, tools
+
+    @classmethod
+    def refuse(cls, settings: Any, columns: Collection[str]) -> str | None:
+        """Why a table of prompts with these columns cannot serve, or None; told before weights are loaded."""
+        return None
 
     @property
     def updates(self) -> int:
@@ -143,13 +154,18 @@ class OnPolicy(Method):
     def kernel(self) -> Kernel:
         """The kernel of training images. Raises TrainingError for a deterministic one."""
         if self.settings.kernel is None:
-            return flow_sde(0.7) if self.tools.driver.grid(self.settings.steps, **self.tools.call).linear else ddim(1.0)
+            return self.default_kernel
         kernel = load_kernel(self.settings.kernel)
         if not kernel.stochastic:
             raise TrainingError(
                 f"Expected a stochastic kernel such as ddim(1.0) but got {kernel.name}, which has no log-prob."
             )
         return kernel
+
+    @property
+    def default_kernel(self) -> Kernel:
+        """ddim(1.0), on flow models flow_sde(0.7)."""
+        return flow_sde(0.7) if self.tools.driver.grid(self.settings.steps, **self.tools.call).linear else ddim(1.0)
 
     def kernels(self, ctx: Ctx) -> Kernel | list[Kernel]:
         """The kernel of each row of a round."""
@@ -170,11 +186,7 @@ class OnPolicy(Method):
         first = mine.start * s.group
         ids = list(range(first, first + len(cond)))
         seed = key(ctx.seed, "rollout", ctx.step)
-        starts = [i - i % s.group for i in ids] if s.shared_start else ids
-        x = driver.start(cond, s.steps, seed, starts, **self.tools.call)
-        traj = driver.rollout(
-            cond, s.steps, self.kernels(ctx), seed, batch_size=s.batch_size, ids=ids, start=x, **self.tools.call
-        )
+        traj = self.draw(ctx, cond, seed, ids)
         scores = gather(ctx, self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), cond.prompts))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
@@ -186,6 +198,13 @@ class OnPolicy(Method):
         if isinstance(self.tools.reward, Limited):
             self.tools.reward.update(scores)
         return Rollout(traj, scores, s.group, seed, first, s.discount)
+
+    def draw(self, ctx: Ctx, cond: Cond, seed: int, ids: list[int]) -> Trajectory:
+        """The chains of a round, their noise keyed by `ids`."""
+        s, driver, call = self.settings, self.tools.driver, self.tools.call
+        starts = [i - i % s.group for i in ids] if s.shared_start else ids
+        x = driver.start(cond, s.steps, seed, starts, **call)
+        return driver.rollout(cond, s.steps, self.kernels(ctx), seed, batch_size=s.batch_size, ids=ids, start=x, **call)
 
     def rows(self, traj: Trajectory) -> list[int]:
         """The rows that are trained: those with noise among the noisiest share."""

@@ -63,8 +63,14 @@ class PolicyBlock(Settings):
 class Source(Settings):
     """Where prompts come from."""
 
-    use: Literal["playground", "file"] = Field("playground", description="captions of the playground, or a file")
-    path: str | None = Field(None, description="a .txt, .jsonl, .csv or .parquet file of prompts")
+    use: Literal["playground", "file", "pairs"] = Field(
+        "playground", description="captions of the playground, a file, or images with preferences"
+    )
+    path: str | None = Field(
+        None, description="a .txt, .jsonl, .csv or .parquet file of prompts; of preferences what read_preferences takes"
+    )
+    columns: dict[str, str] | None = Field(None, description="of preferences: which column is which; null: find out")
+    root: str | None = Field(None, description="of preferences: folder of the images; null: that of the file")
     split: Literal["train", "heldout"] = Field("train", description="of the playground")
     kinds: tuple[Kind, ...] = Field(KINDS, min_length=1, description="of the playground's captions")
     size: int = Field(512, gt=0, description="different captions of the playground")
@@ -73,8 +79,10 @@ class Source(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Source:
-        if (self.use == "file") != (self.path is not None):
-            raise T2IError("Expected use: file with path: FILE, or neither.")
+        if (self.use != "playground") != (self.path is not None):
+            raise T2IError("Expected use: file or use: pairs with path: FILE, or neither.")
+        if self.use != "pairs" and (self.columns, self.root) != (None, None):
+            raise T2IError("Expected columns and root beside use: pairs alone: leave them out.")
         return self
 
 

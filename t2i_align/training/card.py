@@ -24,12 +24,12 @@ tags:
 ---
 # {method} on {base}
 
-{what} of {base}, trained to raise `{reward}` by {method}: {steps} updates on {images} images.{kept}
+{what} of {base}, {aim} by {method}: {steps} updates on {images} images.{kept}
 
 ## Scores before and after
 
 {prompts} held-out prompts, {each} images each, the same noise before and after; means over prompts with 95 % intervals.
-Only the first scorer was trained on.
+{trained}
 
 {table}
 
@@ -64,11 +64,14 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
     stop = config.evaluate.stop
     how = "" if watcher.best is None else f" The weights are those of step {kept['step']}, {chosen(stop)}."
     averaged = " They are averaged over the training (EMA)." if config.train.ema else ""
+    reward = config.reward if isinstance(config.reward, str) else ", ".join(config.reward)
+    given = config.prompts.use == "pairs"
     text = CARD.format(
         method=config.method["use"],
         base=config.model.use,
         what=f"A LoRA of the {policy.component}" if lora else f"The {policy.component}",
-        reward=config.reward if isinstance(config.reward, str) else ", ".join(config.reward),
+        aim="trained on given preferences" if given else f"trained to raise `{reward}`",
+        trained=f"None was trained on; `reward` is `{reward}`." if given else "Only the first scorer was trained on.",
         steps=state.step,
         images=state.step // watcher.method.updates * per_round,
         kept=how + averaged,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
 from t2i_align.rewards import Scorer, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
+from t2i_align.rewards.gradients import differentiable, without_gradient
 from t2i_align.training.blocks import TRAINED, RunConfig
 from t2i_align.training.distributed import World
 from t2i_align.training.prompts import make_pool
@@ -74,6 +75,21 @@ def _prompts(config: RunConfig) -> Iterator[str]:
             absent = [column for column in kind.columns if column not in pool.prompts.columns]
             if absent:
                 yield f"{name}: the scorer {kind.name} reads the columns {', '.join(absent)}, which are missing"
+    yield from _method(config, pools["prompts"].prompts.columns)
+
+
+def _method(config: RunConfig, columns: Collection[str]) -> Iterator[str]:
+    """What a method needs of the reward and of the prompts."""
+    found, settings = read_method(config.method)
+    blind = without_gradient(config.reward) if found.needs_gradient else []
+    if blind:
+        yield (
+            f"reward: expected a differentiable one for {config.method['use']} but {', '.join(blind)} "
+            f"{'is' if len(blind) == 1 else 'are'} not: use {', '.join(differentiable())}, or another method"
+        )
+    said = found.refuse(settings, columns)
+    if said is not None:
+        yield said
 
 
 def leaf_classes(node: Node) -> Iterator[type[Scorer]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.arms import parameters
+from t2i_align.methods.base import Rollout
 from t2i_align.rewards import Scorer
 from t2i_align.training.distributed import ALONE
 from t2i_align.training.loop import autocast
@@ -94,12 +95,15 @@ def make_plan(parts: Parts) -> Plan:
     finally:
         method.settings = s
         method.zero_grad()
-    traj, images = batch[0].traj, config.prompts.per_round * s.group
-    kept = bytes_of(traj.x) + bytes_of(traj.log_prob)
+    images = config.prompts.per_round * s.group
+    kept = sum(map(bytes_of, tensors_of(batch)))
     seconds = (drawing + s.epochs * training) / share
     e = config.evaluate
     steps = parts.call.get("num_inference_steps", 50)
-    per_image = drawing / (prompts * s.group * s.steps) * steps
+    if once:
+        per_image = drawing / (prompts * s.group * s.steps) * steps
+    else:  # images are drawn in the loss, or not at all; a backward pass takes twice as long as a forward pass
+        per_image = training / max(1, trained[0]) / 3 * steps
     return Plan(
         rounds=config.train.steps // method.updates,
         images=images,
@@ -127,6 +131,17 @@ def standing(parts: Parts) -> tuple[int, int]:
     state = sum(p.numel() * (p.element_size() + moments + (p.element_size() if train.ema else 0)) for p in trained)
     frozen = sum(bytes_of(p) for p in trained) if policy.weights.kind == "full" else 0
     return weights, state + frozen
+
+
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a collected batch; conditions and scores are small beside them."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Rollout):
+        yield from (batch.traj.x, batch.traj.log_prob)
+    elif isinstance(batch, tuple):
+        for part in batch:
+            yield from tensors_of(part)
 
 
 def bytes_of(tensor: Tensor) -> int:

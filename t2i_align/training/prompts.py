@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t2i_align.data.preferences import read_preferences
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator
 from t2i_align.playground.grammar import KINDS
@@ -57,7 +61,9 @@ def make_pool(block: Source | PromptsBlock) -> Pool:
 
 
 def read_source(source: Source) -> Prompts:
-    """The prompts of one source."""
+    """The prompts of one source; of preferences with the columns `better` and `worse`, or `image` and `liked`."""
+    if source.use == "pairs":
+        return read_pairs(source)
     if source.path is not None:
         return read_prompts(source.path)
     found: dict[str, str] = {}
@@ -74,3 +80,23 @@ def read_source(source: Source) -> Prompts:
         found[str(caption)] = caption.kind
     kinds, split = tuple(found.values()), (source.split,) * len(found)
     return Prompts(tuple(found), {"kind": kinds, "split": split})
+
+
+def read_pairs(source: Source) -> Prompts:
+    """The pairs of a source that are no ties, a row each; or its single images, where it has no pairs."""
+    assert source.path is not None
+    columns = None if source.columns is None else tuple(source.columns.items())
+    changed = Path(source.path).stat().st_mtime_ns if Path(source.path).exists() else 0
+    return _read_pairs(source.path, columns, source.root, changed)
+
+
+@lru_cache(maxsize=4)  # a run's checks read what it then trains on
+def _read_pairs(path: str, columns: tuple[tuple[str, str], ...] | None, root: str | None, changed: int) -> Prompts:
+    found = read_preferences(path, None if columns is None else dict(columns), root)
+    if found.problems:
+        print(f"note: {path}: {found.summary()}", file=sys.stderr)
+    table = found.decided()
+    table = table if len(table) else found.judged()
+    if not len(table):
+        raise T2IError(f"Expected pairs of which one image is better in {path} but all are ties.")
+    return table

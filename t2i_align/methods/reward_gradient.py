@@ -1,0 +1,214 @@
+"""What reward gradients share: a differentiable reward backpropagated through decoder and sampler into the policy.
+
+    loss = scale E[shape(r(decode(x0), prompt))],   shape(r) = -r, max(0, goal - r) or |goal - r|
+
+A method says which of the reverse steps keep their graph (`refl.py`, `draft.py`). Only latents between steps, and those
+before decoder and scorer, are kept; the rest is computed again in the backward pass (`checkpointing`). The gradient is
+taken through the scorer, then the decoder, then the network, so that no weights but the policy's get gradients, and a
+sample without a finite one is left out. A pre-training term, the denoising error on images of a data set, holds the
+model to them; ReFL's published weights are 1e-3 for the reward and 1 for that. Departures: guidance acts in training as
+the run says (ReFL trains without); clamped pixels pass gradients on, which the published code loses; decoder and scorer
+compute in their own number type whatever the network trains in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from t2i_align.errors import T2IError
+from t2i_align.keys import key
+from t2i_align.methods.base import OnPolicy, SamplingSettings, Tools
+from t2i_align.methods.forward import Forward
+from t2i_align.pipelines.cond import Cond
+from t2i_align.pipelines.kernels import Kernel, load_kernel
+from t2i_align.pipelines.latents import LatentCache
+from t2i_align.policy import Policy
+from t2i_align.prompts import Prompts, read_prompts
+from t2i_align.steering.gradients import SCORER_SCALE, pull
+from t2i_align.training import Ctx, Term, TrainingError
+from t2i_align.training.health import INVALID
+
+Make = Callable[[], Tensor]
+Shape = Literal["linear", "margin", "target"]
+
+
+class GradientSettings(SamplingSettings):
+    """What all of them share."""
+
+    group: int = Field(1, gt=0, description="images per prompt")
+    batch_size: int = Field(8, gt=0, description="samples that go through network and scorer together")
+    kernel: str | None = Field(None, description="reverse steps; null: ddim(1.0), on flow models flow_sde(0.7)")
+    loss: Shape = Field("linear", description="-r, max(0, goal - r) or |goal - r|")
+    goal: float = Field(2.0, description="of `margin` and `target`, in the unit of the reward")
+    scale: float = Field(1.0, gt=0, description="weight of the reward beside `pretrain`; Adam does not see it alone")
+    pretrain: float = Field(0.0, ge=0, description="weight of the denoising error on images of `pretrain_data`")
+    pretrain_data: str | None = Field(None, description="table with the columns prompt and image, paths beside it")
+    straight_through: bool = Field(True, description="let gradients through pixels that are clamped at 0 or 1")
+    checkpointing: bool = Field(True, description="compute steps, decoder and scorer again in the backward pass")
+    epochs: ClassVar[int] = 1  # type: ignore[misc]  # images are drawn by the weights of their update
+    trained_rows: ClassVar[float] = 1.0  # type: ignore[misc]
+
+
+class Starts(NamedTuple):
+    """Starting latents (B, ...) of this process's images, the first of which is number `first` of the round."""
+
+    x: Tensor
+    cond: Cond
+    first: int
+    seed: int
+    images: int  # of all processes
+
+    def ids(self, part: slice) -> list[int]:
+        """The numbers of some of them."""
+        return list(range(self.first + part.start, self.first + part.stop))
+
+
+class RewardGradient(OnPolicy):
+    """Base: the gradient of the reward at the latents, and its way into the weights."""
+
+    settings: GradientSettings
+    needs_gradient: ClassVar[bool] = True
+
+    def __init__(self, settings: GradientSettings, policy: Policy, tools: Tools) -> None:
+        super().__init__(settings, policy, tools)
+        if tools.reward.groupwise:
+            raise TrainingError(
+                f"Expected a reward of each image by itself but {tools.reward.name} compares the images of a prompt: "
+                "use a method without reward gradients, such as grpo."
+            )
+        self.total = tools.driver.grid(settings.steps, **tools.call).steps
+        self.process = Forward(tools.driver, settings.steps, self.total, "uniform", tools.call)
+        self.pictures = None if settings.pretrain_data is None else read_pictures(settings.pretrain_data)
+        self.cache = LatentCache(tools.driver, settings.batch_size, **tools.call)
+
+    @classmethod
+    def refuse(cls, settings: GradientSettings, columns: Any) -> str | None:
+        """A pre-training term needs its images."""
+        if bool(settings.pretrain) != (settings.pretrain_data is not None):
+            return "method.pretrain: expected a weight and pretrain_data, or neither"
+        if settings.pretrain_data is not None:
+            read_pictures(settings.pretrain_data)
+        return None
+
+    @property
+    def sampler(self) -> Kernel:
+        """The reverse steps of training images, which may be deterministic here."""
+        return self.default_kernel if self.settings.kernel is None else load_kernel(self.settings.kernel)
+
+    @property
+    def kernel(self) -> Kernel:
+        """Steps in which evaluations can measure a KL: the default ones where those of training add no noise."""
+        return self.sampler if self.sampler.stochastic else self.default_kernel
+
+    def collect(self, ctx: Ctx, prompts: Prompts) -> Starts:
+        """Where the images of the round start; they are drawn in the update that learns from them."""
+        s, driver = self.settings, self.tools.driver
+        mine = ctx.world.share(len(prompts))
+        cond = driver.encode(prompts[mine]).repeat(s.group)
+        first, seed = mine.start * s.group, key(ctx.seed, "rollout", ctx.step)
+        ids = list(range(first, first + len(cond)))
+        starts = [i - i % s.group for i in ids] if s.shared_start else ids
+        x = driver.start(cond, s.steps, seed, starts, **self.tools.call)
+        return Starts(x, cond, first, seed, len(prompts) * s.group)
+
+    def report(self, batch: Starts) -> dict[str, float]:
+        """How many images are drawn."""
+        return {"images": batch.images}
+
+    def losses(self, ctx: Ctx, batch: Starts) -> Iterator[Term]:
+        """One term per batch of samples and gradient of theirs, then the pre-training term."""
+        chunks = self.chunks(ctx, len(batch.x))
+        images, invalid = self.samples(ctx, chunks), 0.0
+        for part in chunks:
+            made = list(self.latents(ctx, batch, part))
+            for make in made:
+                latents = make()
+                loss, slope, rewards = self.slope(latents.detach(), batch.cond.prompts[part])
+                share = 1 / (images * len(made))
+                straight = (latents.float() * slope).sum()
+                known = rewards[rewards.isfinite()]
+                invalid += (len(rewards) - len(known)) / len(made)
+                stats: dict[str, Tensor | float] = {"reward": known, "invalid": len(rewards) - len(known)}
+                yield Term((loss + straight - straight.detach()) * share, stats)
+                if invalid > INVALID * images:
+                    raise TrainingError(
+                        f"{invalid:g} of {images:g} images of an update have a reward that is no number: score some by "
+                        "hand to see why; the last checkpoint is kept."
+                    )
+            if self.settings.pretrain:
+                yield Term(self.pretraining(ctx, batch, part) / images, {})
+
+    def latents(self, ctx: Ctx, batch: Starts, part: slice) -> Iterator[Make]:
+        """Functions that make the latents (B, ...) to be decoded, with their graph; each is called once."""
+        raise NotImplementedError
+
+    def slope(self, latents: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed loss of latents (B, ...), its gradient (B, ...) and their rewards (B,)."""
+        s, driver = self.settings, self.tools.driver
+        found = {"image_processor", "video_processor"} & set(vars(driver.pipe))
+        latents = latents.requires_grad_()
+        with torch.autocast(latents.device.type, enabled=False):
+            free = s.straight_through and bool(found)
+            images = driver.decode(latents, s.batch_size, straight_through=free, checkpointing=s.checkpointing)
+            pixels = images.detach().float().requires_grad_()
+            rewards = self.again(lambda seen: self.tools.reward.scores(seen, prompts).total, pixels)
+            if not rewards.requires_grad:
+                raise TrainingError(
+                    f"Expected a differentiable reward but the scores of {self.tools.reward.name} have no gradient."
+                )
+            known = rewards.isfinite()
+            loss = s.scale * shaped(rewards[known], s.loss, s.goal).sum()
+            (slope,) = torch.autograd.grad(SCORER_SCALE * loss, pixels)
+            return loss.detach(), pull(images, latents, slope / SCORER_SCALE), rewards.detach()
+
+    def sampled(self, batch: Starts, part: slice, x: Tensor, rows: range) -> Tensor:
+        """Latents (B, ...) after some rows, with their graph where gradients are on."""
+        s = self.settings
+        return self.tools.driver.unroll(
+            x, batch.cond[part], s.steps, self.sampler, rows, batch.seed, batch.ids(part),
+            checkpointing=s.checkpointing, **self.tools.call,
+        )  # fmt: skip
+
+    def again(self, function: Any, x: Tensor) -> Tensor:
+        """A function of a tensor, computed again in the backward pass where the settings say so."""
+        return checkpoint(function, x, use_reentrant=False) if self.settings.checkpointing else function(x)
+
+    def pretraining(self, ctx: Ctx, batch: Starts, part: slice) -> Tensor:
+        """The summed denoising error of as many images of the data set as there are samples."""
+        assert self.pictures is not None
+        ids = batch.ids(part)
+        drawn = [int(torch.randint(len(self.pictures), (), generator=ctx.generator("pretrain", i))) for i in ids]
+        table = self.pictures[drawn]
+        found = self.cache(table.columns["image"])
+        rows = [row for row, name in enumerate(table.columns["image"]) if name in found]
+        if not rows:
+            why = next(iter(self.cache.problems.values()))
+            raise TrainingError(f"None of {len(ids)} images of pretrain_data can be read: {why}")
+        x0 = torch.stack([found[table.columns["image"][row]] for row in rows]).to(batch.x.device)
+        with torch.no_grad():
+            cond = self.tools.driver.encode(table[rows])
+        noised = self.process.keyed(ctx, x0, [ids[row] for row in rows], 0)
+        return self.settings.pretrain * self.process.error(noised, cond).sum() * len(ids) / len(rows)
+
+
+def shaped(rewards: Tensor, loss: str, goal: float) -> Tensor:
+    """Losses (B,) of rewards: -r, max(0, goal - r) or |goal - r|."""
+    if loss == "linear":
+        return -rewards
+    return (goal - rewards).relu() if loss == "margin" else (goal - rewards).abs()
+
+
+def read_pictures(path: str) -> Prompts:
+    """A table of images and what they show. Raises T2IError without a column `image`."""
+    table = read_prompts(path)
+    if "image" not in table.columns:
+        raise T2IError(f"Expected {path} to have the columns prompt and image but it has {', '.join(table.columns)}.")
+    images = tuple(str(Path(path).parent / str(image)) for image in table.columns["image"])
+    return Prompts(table.text, {"image": images})

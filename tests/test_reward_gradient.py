@@ -1,0 +1,245 @@
+"""ReFL, DRaFT and AlignProp: the linear chain in closed form, equivalences, checkpointing, refusals."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from t2i_align.config import ConfigError, TrainConfig
+from t2i_align.data.tables import write_table
+from t2i_align.methods import read_method
+from t2i_align.methods.base import Tools
+from t2i_align.methods.reward_gradient import shaped
+from t2i_align.pipelines.driver import Driver
+from t2i_align.pipelines.kernels import ode
+from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.policy import Policy
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import FunctionScorer
+from t2i_align.training import Ctx, fit
+from t2i_align.training.blocks import load_run
+from tests.families import FAMILIES
+
+STEPS = 5
+PLAIN = {"loss": "linear", "scale": 1.0, "kernel": "ode"}
+
+
+def red(images, prompts):
+    """Of the toy the first number of a latent."""
+    return 16 * (images[:, 0] - 0.5).mean((1, 2))
+
+
+def make(use, flow=False, pipe=None, policy=None, reward=red, **settings):
+    pipe = pipe or toy_pipeline(flow=flow)
+    found, options = read_method({"use": use, "steps": STEPS, "batch_size": 2} | PLAIN | settings)
+    scorer = FunctionScorer(reward, differentiable=True)
+    return found(options, policy or Policy.full(pipe), Tools(Driver(pipe), scorer))
+
+
+def context(step=0):
+    return Ctx(0, step, torch.device("cpu"))
+
+
+def gradients(method, prompts=("0", "1"), step=0):
+    batch = method.collect(context(step), Prompts.of(list(prompts)))
+    method.zero_grad()
+    losses = []
+    for term in method.losses(context(step), batch):
+        term.loss.backward()
+        losses.append(term.loss.item())
+    return [p.grad.clone() for p in method.policy.trainable()], sum(losses), batch
+
+
+def chain(grid, keep):
+    """d x_N / d shift through the last steps of the toy's deterministic sampler, in its first dimension.
+
+    With unit data x0 = g x + shift, g = alpha / (alpha^2 + sigma^2), and x' = a' x0 + s' (x - a x0) / s is linear.
+    """
+    total = 0.0
+    levels = list(zip(grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:], strict=True))
+    for a, s, a_next, s_next in levels[-keep:]:
+        move = a_next - s_next * a / s
+        total = (move * a / (a * a + s * s) + s_next / s) * total + move
+    return float(total)
+
+
+def test_loss_shapes_by_hand():
+    rewards = torch.tensor([0.5, 3.0], requires_grad=True)
+    loss = 1e-3 * shaped(rewards, "margin", 2.0).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(7.5e-4)
+    assert rewards.grad.tolist() == pytest.approx([-5e-4, 0])
+    assert shaped(rewards.detach(), "target", 2.0).tolist() == [1.5, 1.0]
+    assert shaped(rewards.detach(), "linear", 2.0).tolist() == [-0.5, -3.0]
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("keep", [1, 2, STEPS])
+def test_draft_is_the_closed_form_of_the_linear_chain(keep, flow):
+    method = make("draft", flow, keep=keep)
+    (grad,), loss, batch = gradients(method)
+    driver = method.tools.driver
+    expected = -chain(driver.grid(STEPS), keep)
+    assert grad.tolist() == pytest.approx([expected, 0, 0], rel=1e-4, abs=1e-6)
+    with torch.no_grad():
+        x = driver.unroll(batch.x, batch.cond, STEPS, ode())
+    assert loss == pytest.approx(-float(x[:, 0].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_all_steps_are_finite_differences_of_the_whole_sampler(flow):
+    method = make("draft", flow, keep=STEPS, kernel=None, reward=lambda images, prompts: red(images, prompts).square())
+    (grad,), _, _ = gradients(method)
+    (shift,), ends = method.policy.trainable(), []
+    for move in (1e-2, -1e-2):
+        with torch.no_grad():
+            shift[0] += move
+        ends.append(gradients(method)[1])
+        with torch.no_grad():
+            shift[0] -= move
+    # quadratic in the shift: central differences are exact but for fp32 rounding, 1e-7 of the loss / 2e-2
+    assert float(grad[0]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-3)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_three_are_one_method_at_the_last_step(flow):
+    (draft,), loss, _ = gradients(make("draft", flow))
+    for use, settings in (("refl", {"window": 0.01}), ("alignprop", {"keep": 1})):
+        (grad,), value, _ = gradients(make(use, flow, **settings))
+        torch.testing.assert_close(grad, draft, rtol=1e-5, atol=1e-7)
+        assert value == pytest.approx(loss, rel=1e-5)
+    (whole,), _, _ = gradients(make("draft", flow, keep=STEPS))
+    (fixed,), _, _ = gradients(make("alignprop", flow, keep=99))
+    assert torch.equal(whole, fixed)
+
+
+def test_lv_from_the_chains_own_last_latent_is_draft_1():
+    method = make("draft", lv=1, kernel=None)
+    own = type(method)
+
+    class Replayed(own):
+        def noised(self, ctx, batch, part, x, number):
+            with torch.no_grad():
+                return self.sampled(batch, part, batch.x[part], range(STEPS - 1))
+
+    method.__class__ = Replayed
+    (grad,), loss, _ = gradients(method)
+    (draft,), value, _ = gradients(make("draft", kernel=None))
+    torch.testing.assert_close(grad, draft)
+    assert loss == pytest.approx(value)
+
+
+def test_lv_averages_its_draws():
+    square = {"reward": lambda images, prompts: -red(images, prompts).square()}
+    method = make("draft", lv=3, **square)
+    grads, first = [], gradients(method)[0][0]
+    noised = type(method).noised
+
+    for number in range(3):
+        one = make("draft", lv=1, **square)
+        one.noised = lambda ctx, batch, part, x, n, number=number, one=one: noised(one, ctx, batch, part, x, number)
+        grads.append(gradients(one)[0][0])
+    assert not torch.equal(grads[0], grads[1])
+    torch.testing.assert_close(first, torch.stack(grads).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_kept_steps_are_drawn_per_batch_and_keyed():
+    method = make("alignprop", steps=50)
+    drawn = [method.kept(context(step), 0) for step in range(200)]
+    assert {1, 50} <= set(drawn) <= set(range(1, 51))
+    assert drawn == [method.kept(context(step), 0) for step in range(200)]
+    assert sum(drawn) / 200 == pytest.approx(25.5, abs=4 * 14.43 / math.sqrt(200))
+    method = make("alignprop", steps=50, keep="gaussian")
+    drawn = [method.kept(context(step), 0) for step in range(200)]
+    assert set(drawn) <= set(range(1, 50))
+    assert sum(drawn) / 200 == pytest.approx(8.5 + 0.4, abs=4 * 5 / math.sqrt(200))  # 50 - int(N(42, 5)), cut at 1
+    stops = {gradients(make("refl", steps=8, window=0.5), step=step)[1] for step in range(6)}
+    assert len(stops) == 6
+
+
+@pytest.mark.parametrize("use", ["refl", "draft"])
+def test_checkpointing_changes_nothing_and_only_the_policy_gets_gradients(use):
+    found = {}
+    for on in (False, True):
+        torch.manual_seed(0)
+        pipe = FAMILIES["sd"]().pipe
+        policy = Policy.lora(pipe, rank=2, gradient_checkpointing=on)
+        for p in policy.trainable():
+            with torch.no_grad():
+                p.add_(0.02)
+        keep = {"keep": 2} if use == "draft" else {"kernel": None}
+        reward = lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 2].square().mean((1, 2))  # noqa: E731
+        method = make(use, pipe=pipe, policy=policy, reward=reward, checkpointing=on, **keep)
+        found[on], _, _ = gradients(method, ("a cat", "a dog"))
+        assert all(p.grad is None for p in pipe.vae.parameters())
+    norm = torch.cat([g.flatten() for g in found[False]]).norm()
+    assert norm > 0
+    for plain, again in zip(found[False], found[True], strict=True):
+        assert float((plain - again).norm() / norm) < 1e-6
+
+
+def test_the_gradient_is_that_of_one_graph():
+    """Taken apart at the pixels and at the latents, it is what plain backpropagation through all of it gives."""
+    torch.manual_seed(0)
+    pipe = FAMILIES["sd"]().pipe
+    method = make("draft", pipe=pipe, policy=Policy.lora(pipe, rank=2), keep=STEPS, checkpointing=False)
+    found, loss, batch = gradients(method, ("a cat", "a dog"))
+    method.zero_grad()
+    driver = method.tools.driver
+    x = driver.unroll(batch.x, batch.cond, STEPS, ode(), checkpointing=False)
+    whole = -red(driver.decode(x, straight_through=True), None).mean()
+    whole.backward()
+    assert whole.item() == pytest.approx(loss, rel=1e-5)
+    norm = torch.cat([g.flatten() for g in found]).norm()
+    for p, mine in zip(method.policy.trainable(), found, strict=True):
+        assert float((p.grad - mine).norm() / norm) < 1e-5
+
+
+def test_rewards_that_are_no_numbers_are_left_out():
+    def broken(images, prompts):
+        return red(images, prompts) / torch.tensor([float(text) for text in prompts])
+
+    method = make("draft", reward=broken)
+    batch = method.collect(context(), Prompts.of(["0", "1"]))
+    (term,) = method.losses(context(), batch)
+    term.loss.backward()
+    assert term.stats["invalid"] in (0, 1)
+    (shift,) = method.policy.trainable()
+    assert shift.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(
+    ("use", "settings"), [("refl", {"kernel": None, "window": 0.5}), ("draft", {"lv": 2}), ("alignprop", {})]
+)
+def test_every_one_raises_the_reward_of_the_toy(use, settings, flow, tmp_path):
+    method = make(use, flow, batch_size=4, **settings)
+    before = gradients(method, ["0"] * 4, 99)[1]
+    fit(method, lambda number: Prompts.of(["0"] * 4), TrainConfig(steps=10, learning_rate=0.05), tmp_path)
+    assert gradients(method, ["0"] * 4, 99)[1] < before - 0.05
+
+
+def test_the_pretraining_term_learns_the_data(tmp_path):
+    """Without a reward to gain, the shift goes to where pictures of x0 = (3, 0, 0) want it."""
+    level = round(255 * (0.5 + 3 / 16))
+    Image.new("RGB", (1, 1), (level, 128, 128)).save(tmp_path / "a.png")
+    write_table([{"prompt": "0", "image": "a.png"}], tmp_path / "data.jsonl")
+    flat = {"reward": lambda images, prompts: 0 * red(images, prompts)}
+    method = make("refl", pretrain=1.0, pretrain_data=str(tmp_path / "data.jsonl"), **flat)
+    (grad,), loss, _ = gradients(method)
+    assert loss > 0
+    assert grad[0] < -0.1
+    assert grad[1:].abs().max() < -grad[0] * 0.9
+    with pytest.raises(ConfigError, match="expected a weight and pretrain_data"):
+        load_run({"method": {"use": "refl", "pretrain": 1.0}, "reward": "tiny_clip", "train": {"steps": 1}})
+
+
+@pytest.mark.parametrize("use", ["refl", "draft", "alignprop"])
+def test_a_reward_without_gradients_is_refused_before_anything_is_loaded(use):
+    config = {"method": {"use": use}, "reward": "tiny_clip + verifier", "train": {"steps": 1}}
+    with pytest.raises(ConfigError, match=rf"differentiable one for {use} but verifier is not: use .*tiny_pick"):
+        load_run(config)
+    assert load_run(config | {"reward": "tiny_clip"}).method["use"] == use
+    with pytest.raises(ConfigError, match=r"method.lv: expected keep: 1"):
+        load_run(config | {"reward": "tiny_clip", "method": {"use": "draft", "lv": 2, "keep": 3}})
