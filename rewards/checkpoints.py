@@ -146,7 +146,7 @@ def _transformers(spec: TowerSpec) -> Tower:
 
 @lru_cache(1)
 def clip_tokenizer() -> Any:
-    """transformers' CLIP tokenizer with the vocabulary of OpenAI's and LAION's CLIPs, which open_clip carries.
+    """The CLIP tokenizer of transformers with the vocabulary of OpenAI's and LAION's CLIPs, which open_clip carries.
 
     Context 77, padded with the end token, as the published repositories configure it.
     """

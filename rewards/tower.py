@@ -86,7 +86,8 @@ class TowerSpec(NamedTuple):
 
     `name`: an open_clip model name, `local-dir:FOLDER`, `hf-hub:REPO`, or the folder or hub id of a transformers
     `CLIPModel`. `weights`: open_clip's tag or checkpoint file for a model name. `processor`: folder or hub id of
-    tokenizer and image processor, where a transformers checkpoint has none; `clip` for what all published CLIPs share. `preprocessing`: instead of its own.
+    tokenizer and image processor, where a transformers checkpoint has none; `clip` for those that all
+    published CLIPs share. `preprocessing`: instead of its own.
     """
 
     name: str
