@@ -83,7 +83,7 @@ class MPS(Scorer):
         self.cross_model = CrossModel(state)
         load_strictly(self, state, path, BUFFERS)
         side = config.vision_config.image_size
-        self.preprocessing = Preprocessing((side, side), CLIP_MEAN, CLIP_STD)
+        self.preprocessing = Preprocessing((side, side), CLIP_MEAN, CLIP_STD, floor_crop=True)
         self.tokeniser = clip_tokenizer()
         self.context = config.text_config.max_position_embeddings
         self.condition, self.threshold = condition, threshold
