@@ -47,6 +47,11 @@ SCORERS = {
     "jpeg_compressibility": "t2i_align.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "t2i_align.rewards.jpeg:JpegIncompressibility",
     "clip": "t2i_align.rewards.clip:CLIP",
+    "image_reward": "t2i_align.rewards.image_reward:ImageReward",
+    "cyclereward": "t2i_align.rewards.cyclereward:CycleReward",
+    "vqascore": "t2i_align.rewards.vqascore:VQAScore",
+    "hpsv3": "t2i_align.rewards.hpsv3:HPSv3",
+    "vlm_judge": "t2i_align.rewards.vlm_judge:VLMJudge",
     "tiny_clip": "t2i_align.rewards.tiny:TinyCLIP",
     "tiny_pick": "t2i_align.rewards.tiny:TinyPick",
 }

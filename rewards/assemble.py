@@ -1,4 +1,4 @@
-"""Large networks put together from published tensors: made without weights, then given the file's own, none left over."""
+"""Large networks put together from published tensors: made without weights, then given the file's own, to the last."""
 
 from __future__ import annotations
 
@@ -76,3 +76,42 @@ def assemble(make: Callable[[], Network], state: Mapping[str, Tensor], what: str
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more if names else "none"
+
+
+def find_folder(given: str, repo: str, files: Sequence[str]) -> Path | None:
+    """The folder that has one of some files: `given`, or in the hub's cache if that is ""; or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if given:
+        return Path(given) if any((Path(given) / file).is_file() for file in files) else None
+    found = (try_to_load_from_cache(repo, file) for file in files)
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
+
+
+def found_folder(given: str, repo: str, files: Sequence[str]) -> Path:
+    """`find_folder` of what `missing_folders` did not miss."""
+    folder = find_folder(given, repo, files)
+    assert folder is not None
+    return folder
+
+
+def missing_folders(wanted: Mapping[str, tuple[str, Sequence[str]]], given: Mapping[str, str]) -> str | None:
+    """How to get the folders of a scorer that are not here, or None.
+
+    Args:
+        wanted: option -> hub repository, and files of which one must be there.
+        given: option -> local folder, where the user named one.
+    """
+    commands = []
+    for option, (repo, files) in wanted.items():
+        place = given.get(option, "")
+        if find_folder(place, repo, files) is None:
+            if place:
+                return f"the folder {option}={place} has none of {', '.join(files)}."
+            commands.append(f"hf download {repo}")
+    return f"its weights are not on this machine; download them with `{' && '.join(commands)}`." if commands else None
+
+
+def weight_file(folder: Path) -> Path:
+    """The weight file, or the index of its shards, of a transformers checkpoint."""
+    return next(folder / name for name in CHECKPOINTS if (folder / name).is_file())

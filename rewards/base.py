@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from t2i_align.data.images import to_tensors
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.expression import RewardError
+from t2i_align.rewards.files import WeightFile, missing_files
 
 
 class Scores(NamedTuple):
@@ -41,6 +42,7 @@ class Scorer(nn.Module):
     unit: ClassVar[str] = ""
     license: ClassVar[str] = "Apache-2.0"  # of code and weights
     source: ClassVar[str] = "none"  # where they come from
+    files: ClassVar[tuple[WeightFile, ...]] = ()  # published weights that it reads unless local ones are named
     tolerance: ClassVar[float] = 1e-4  # relative difference between a PIL image and its float tensor
     summary: ClassVar[str] = ""
 
@@ -48,9 +50,9 @@ class Scorer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def missing(cls) -> str | None:
-        """What keeps the scorer from working here (absent weights, say), or None."""
-        return None
+    def missing(cls, **options: Any) -> str | None:
+        """What keeps the scorer, made with these options, from working here (absent weights, say), or None."""
+        return None if options.get("weights") else missing_files(cls.files)  # local ones are looked for when it is made
 
     def refuse(self, prompt: str) -> str | None:
         """Why this prompt cannot be scored, or None; lets a batch job report a row instead of stopping."""

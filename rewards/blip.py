@@ -1,18 +1,18 @@
-"""BLIP reward networks (Li et al., arXiv 2201.12086): a prompt reads the picture by cross-attention, a head reads [CLS].
+"""BLIP reward networks (Li et al., arXiv 2201.12086): a prompt reads the picture, a head reads its first token.
 
     score = head(BERT([CLS] prompt [SEP]; ViT(picture))[0])
 
 ViT-L/16 at 224 pixels and BERT-base with cross-attention in every layer, of transformers, under the names of the
 published state dicts (`blip.visual_encoder.*`, `blip.text_encoder.*`, `mlp.layers.*`). Every size is read off the
-tensors; heads are 64 wide. The text starts with [CLS], not with [ENC] as in BLIP's own matching head, and is read in both
-directions.
+tensors; attention heads are 64 wide. The text starts with [CLS], not with [ENC] as in BLIP's own matching head, and is
+read in both directions.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from t2i_align.rewards.pillow import center_crop, pillow_resize, shortest_side
 VOCABULARY = WeightFile("vocab.txt", "google-bert/bert-base-uncased")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 HEAD_WIDTH = 64
+Head = Callable[[int], nn.Sequential]  # from BERT's width
 UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\..*|blip\.text_encoder\.embeddings\.position_ids")
 
 # published name -> transformers' name
@@ -47,7 +48,7 @@ class Blip(nn.Module):
 
     Args:
         state: tensors of a published file, under its names.
-        head: makes the head from the widths that its linear layers lead through.
+        head: class of the head, made from BERT's width.
         vocabulary: BERT's vocab.txt.
         context: tokens of a prompt, start and end included.
         what: the network is, for messages.
@@ -56,7 +57,7 @@ class Blip(nn.Module):
         RewardError: tensors that are missing, too many or of another shape, or a vocabulary of another size.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], head: type[nn.Sequential], vocabulary: Path, context: int, what: str):
+    def __init__(self, state: Mapping[str, Tensor], head: Head, vocabulary: Path, context: int, what: str) -> None:
         super().__init__()
         own = {_rename(name): value for name, value in state.items() if not UNUSED.fullmatch(name)}
         sizes = _sizes(own, what)
@@ -66,11 +67,13 @@ class Blip(nn.Module):
         self.tokenise = _tokeniser(vocabulary)
         rows = self.text.config.vocab_size
         if len(self.tokenise) > rows:
-            raise RewardError(f"Expected a vocabulary of at most {rows} tokens but {vocabulary} has {len(self.tokenise)}.")
+            raise RewardError(
+                f"Expected a vocabulary of at most {rows} tokens but {vocabulary} has {len(self.tokenise)}."
+            )
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) fp32."""
-        pixels = self.pixels(images).to(self.head[0].weight.dtype)
+        pixels = self.pixels(images).to(next(self.head.parameters()).dtype)
         seen = self.vision(pixel_values=pixels).last_hidden_state  # (B, patches + 1, width)
         tokens = self.tokens(prompts).to(images.device)
         read = self.text(
@@ -83,7 +86,7 @@ class Blip(nn.Module):
 
     def pixels(self, images: Tensor) -> Tensor:
         """CLIP's preprocessing on Pillow's picture."""
-        resized = pillow_resize(images, shortest_side(*images.shape[-2:], self.size))
+        resized = pillow_resize(images, shortest_side(images.shape[-2], images.shape[-1], self.size))
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
         return (center_crop(resized, self.size) - mean) / std
 
@@ -98,7 +101,7 @@ class Blip(nn.Module):
 class _Parts(nn.Module):
     """The network as `assemble` makes it."""
 
-    def __init__(self, sizes: Mapping[str, int], head: type[nn.Sequential]) -> None:
+    def __init__(self, sizes: Mapping[str, int], head: Head) -> None:
         super().__init__()
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -121,13 +124,14 @@ class _Parts(nn.Module):
             num_hidden_layers=sizes["text_layers"],
             num_attention_heads=sizes["text_width"] // HEAD_WIDTH,
             max_position_embeddings=sizes["positions"],
+            bos_token_id=None,
             is_decoder=True,  # cross-attention is built for decoders alone
         )
         self.text = BlipTextModel(text, add_pooling_layer=False)
         self.head = head(sizes["text_width"])
 
 
-def load_blip(weights: str, vocabulary: str, published: WeightFile, head: type[nn.Sequential], context: int, name: str) -> Blip:
+def load_blip(weights: str, vocabulary: str, published: WeightFile, head: Head, context: int, name: str) -> Blip:
     """The network of a scorer; both files are looked for before either is read.
 
     Args:
@@ -144,11 +148,6 @@ def load_blip(weights: str, vocabulary: str, published: WeightFile, head: type[n
     beside = weights if not vocabulary and weights and (Path(weights) / VOCABULARY.file).is_file() else vocabulary
     file, words = find_weights(weights, published, name), find_weights(beside, VOCABULARY, name)
     return Blip(read_weights(file), head, words, context, name)
-
-
-def missing_blip(published: WeightFile) -> str | None:
-    """How to get what the hub's cache lacks of a BLIP reward, or None."""
-    return published.missing() or VOCABULARY.missing()
 
 
 def _rename(name: str) -> str:

@@ -57,24 +57,32 @@ def check_node(node: Node, scorer_class: Callable[[str], type[Scorer]]) -> None:
     if isinstance(node, str):
         if node in FUNCTIONS:
             raise RewardError(f"{node!r} is a function of scorers: write {node}(SCORER).")
-        missing = scorer_class(node).missing()
-        if missing:
-            raise RewardError(f"The scorer {node!r} cannot be used: {missing}")
+        _check_scorer(scorer_class(node), node, {})
     elif isinstance(node, Call):
         found = function_class(node.function)
         _bind(found, f"The function {node.function}", node.members, node.options)
         for member in () if node.function in OF_FEATURES else node.members:
             check_node(member, scorer_class)
     elif isinstance(node, Part):
-        check_node(node.use, scorer_class)
         if node.options and isinstance(node.use, str):
-            _bind(scorer_class(node.use), f"The scorer {node.use!r}", (), node.options)
+            found = scorer_class(node.use)
+            _bind(found, f"The scorer {node.use!r}", (), node.options)
+            _check_scorer(found, node.use, node.options)
+        else:
+            check_node(node.use, scorer_class)
     elif isinstance(node, Sum):
         for _, member in node.terms:
             check_node(member, scorer_class)
     else:
         for member in (node.objective, *(limit.node for limit in node.limits)):
             check_node(member, scorer_class)
+
+
+def _check_scorer(found: type[Scorer], name: str, options: Mapping[str, Any]) -> None:
+    """Raise RewardError where a scorer, made with these options, would lack something."""
+    missing = found.missing(**options)
+    if missing:
+        raise RewardError(f"The scorer {name!r} cannot be used: {missing}")
 
 
 def _bind(found: type, what: str, members: tuple[Node, ...], options: Mapping[str, Any]) -> None:

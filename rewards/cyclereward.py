@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from t2i_align.config import nearest
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer
-from t2i_align.rewards.blip import load_blip, missing_blip
+from t2i_align.rewards.blip import VOCABULARY, load_blip
 from t2i_align.rewards.expression import RewardError
 from t2i_align.rewards.files import WeightFile
 
 RELEASE = "https://github.com/hjbahng/cyclereward/releases/download/v1.0.0"
 CONTEXT = 128
 Variant = Literal["Combo", "I2T", "T2I"]
+
+
+def published(variant: str) -> WeightFile:
+    """The release file of a variant."""
+    file = f"CycleReward-{variant}.pth"
+    return WeightFile(file, url=f"{RELEASE}/{file}")
 
 
 class Head(nn.Sequential):
@@ -50,25 +56,18 @@ class CycleReward(Scorer):
     needs_prompt = True
     unit: ClassVar[str] = "log-odds"
     license: ClassVar[str] = "MIT"
-    source: ClassVar[str] = f"{RELEASE}/CycleReward-Combo.pth"
+    source: ClassVar[str] = "github.com/hjbahng/cyclereward"
+    files: ClassVar[tuple[WeightFile, ...]] = (published("Combo"), VOCABULARY)
     summary: ClassVar[str] = "agreement of picture and prompt by cycle consistency (BLIP)"
 
     def __init__(self, weights: str = "", vocabulary: str = "", variant: Variant = "Combo") -> None:
         super().__init__()
         if variant not in get_args(Variant):
             raise RewardError(
-                f"Unknown variant {variant!r} of cyclereward.{nearest(variant, get_args(Variant))} Expected Combo, I2T, T2I."
+                f"Unknown variant {variant!r} of cyclereward.{nearest(variant, get_args(Variant))} Expected Combo, I2T "
+                "or T2I."
             )
-        self.network = load_blip(weights, vocabulary, _published(variant), Head, CONTEXT, self.name)
-
-    @classmethod
-    def missing(cls) -> str | None:
-        return missing_blip(_published("Combo"))
+        self.network = load_blip(weights, vocabulary, published(variant), Head, CONTEXT, self.name)
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         return self.network(images, prompts.text)
-
-
-def _published(variant: str) -> WeightFile:
-    file = f"CycleReward-{variant}.pth"
-    return WeightFile(file, url=f"{RELEASE}/{file}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class WeightFile(NamedTuple):
     """A published file.
 
     `repo`: hub repository. `url`: address, for what is not on the hub. `revision`: branch, tag or commit of the
-    repository. `sha256`: of the file as published, where it is known.
+    repository. `sha256`: of the file as published, or its first digits, where they are known.
     """
 
     file: str
@@ -49,24 +50,32 @@ class WeightFile(NamedTuple):
 
     def missing(self) -> str | None:
         """How to get it where it is not here, or None."""
-        return None if self.find() else f"its weights are not on this machine; download them with `{self.command()}`."
-
-    def command(self) -> str:
-        """The command line that downloads it to where it is looked for."""
-        if not self.repo:
-            return f"curl -fL --create-dirs -o '{weights_folder() / self.file}' '{self.url}'"
-        revision = "" if self.revision == "main" else f" --revision {self.revision}"
-        return f"hf download {self.repo} {self.file}{revision}"
+        return missing_files([self])
 
     def facts(self) -> dict[str, str]:
         """What a person may want to check: source, place, commit of the hub, and the hash of what is there."""
         path = self.find()
         if path is None:
-            return {"file": self.source, "download": self.command()}
+            return {"file": self.source, "download": _command([self])}
         commit = {"commit": path.parent.name} if self.repo else {}
         digest = sha256(path)
-        note = "" if digest == self.sha256 else f", but published is {self.sha256}" if self.sha256 else ""
-        return {"file": self.source, "path": str(path), **commit, "sha256": digest + note}
+        differs = "" if digest.startswith(self.sha256) else f", but that of the published file is {self.sha256}"
+        return {"file": self.source, "path": str(path), **commit, "sha256": digest + differs}
+
+
+def missing_files(files: Sequence[WeightFile]) -> str | None:
+    """How to get the files that are not on this machine, or None."""
+    absent = [file for file in files if file.find() is None]
+    return f"its weights are not on this machine; download them with `{_command(absent)}`." if absent else None
+
+
+def _command(files: Sequence[WeightFile]) -> str:
+    """The command line that downloads files to where they are looked for."""
+    commands = [f"curl -fL --create-dirs -o '{weights_folder() / f.file}' '{f.url}'" for f in files if not f.repo]
+    for repo, revision in dict.fromkeys((file.repo, file.revision) for file in files if file.repo):
+        names = " ".join(file.file for file in files if (file.repo, file.revision) == (repo, revision))
+        commands.append(f"hf download {repo} {names}" + ("" if revision == "main" else f" --revision {revision}"))
+    return " && ".join(commands)
 
 
 def weights_folder() -> Path:
@@ -83,26 +92,29 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def find_weights(given: str | Path, published: WeightFile, scorer: str) -> Path:
+def find_weights(given: str | Path, published: WeightFile, scorer: str, beside: Sequence[WeightFile] = ()) -> Path:
     """The file a scorer reads.
 
     Args:
         given: a local file, a folder that has a file of the published name, or "" for the published file.
         published: what it is when nothing is given.
         scorer: whose it is, for messages.
+        beside: published files that are read from the same folder.
 
     Raises:
         RewardError: it is not here; the message has the command that downloads it.
     """
     if not given:
-        path = published.find()
-        if path is None:
-            raise RewardError(f"The scorer {scorer!r} cannot be used: {published.missing()}")
-        return path
+        if missing := missing_files([published, *beside]):
+            raise RewardError(f"The scorer {scorer!r} cannot be used: {missing}")
+        return Path(published.find() or "")
     path = Path(given)
     path = path / published.file if path.is_dir() else path
-    if not path.is_file():
-        raise RewardError(f"Expected the weights of {scorer!r} in {path}, but there is no such file.")
+    absent = next(
+        (file for file in (path, *(path.parent / other.file for other in beside)) if not file.is_file()), None
+    )
+    if absent is not None:
+        raise RewardError(f"Expected the weights of {scorer!r} in {absent}, but there is no such file.")
     return path
 
 

@@ -8,6 +8,7 @@ prompt's tail is not judged; a warning says so.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ from t2i_align.config import nearest
 from t2i_align.data.images import tensor_to_pil
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer
-from t2i_align.rewards.blip import load_blip, missing_blip
+from t2i_align.rewards.blip import VOCABULARY, load_blip
 from t2i_align.rewards.expression import RewardError
 from t2i_align.rewards.files import WeightFile, find_weights
 
@@ -55,14 +56,16 @@ class ImageReward(Scorer):
     differentiable = True
     needs_prompt = True
     unit: ClassVar[str] = "sd of raw scores"
-    source: ClassVar[str] = PUBLISHED.source
+    source: ClassVar[str] = PUBLISHED.repo
+    files: ClassVar[tuple[WeightFile, ...]] = (PUBLISHED, VOCABULARY)
     summary: ClassVar[str] = "human preference by ImageReward (BLIP)"
 
     def __init__(self, weights: str = "", vocabulary: str = "", backend: Backend = "own") -> None:
         super().__init__()
         if backend not in get_args(Backend):
             raise RewardError(
-                f"Unknown backend {backend!r} of image_reward.{nearest(backend, get_args(Backend))} Expected own, package."
+                f"Unknown backend {backend!r} of image_reward.{nearest(backend, get_args(Backend))} Expected own or "
+                "package."
             )
         self.backend = backend
         self.differentiable = backend == "own"
@@ -71,10 +74,6 @@ class ImageReward(Scorer):
             if backend == "own"
             else _load_package(weights)
         )
-
-    @classmethod
-    def missing(cls) -> str | None:
-        return missing_blip(PUBLISHED)
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         if self.backend == "package":
@@ -88,10 +87,10 @@ def _load_package(weights: str) -> Any:
     file = find_weights(weights, PUBLISHED, ImageReward.name)
     config = find_weights(weights and str(file.parent), MED_CONFIG, ImageReward.name)
     try:
-        import ImageReward as package
+        package: Any = importlib.import_module("ImageReward")
     except ImportError as error:
         raise RewardError(
-            f"backend=package needs a working image-reward, but it cannot be imported here: {error}; leave the option out "
-            "for the module of t2i-align."
+            f"backend=package needs an image-reward that can be imported, but here: {error}; leave the option out for "
+            "the module of t2i-align."
         ) from error
     return package.load(str(file), device="cpu", med_config=str(config))

@@ -93,9 +93,15 @@ def bert_vocabulary() -> list[str]:
 
 
 def blip_shapes(
-    width: int = 1024, layers: int = 24, text_width: int = 768, text_layers: int = 12, places: tuple[int, ...] = (0, 2, 4, 6, 7)
+    width: int = 1024,
+    layers: int = 24,
+    text_width: int = 768,
+    text_layers: int = 12,
+    places: tuple[int, ...] = (0, 2, 4, 6, 7),
+    side: int = 224,
+    words: int = 30524,
 ) -> dict[str, tuple[int, ...]]:
-    """The published state dict of a BLIP reward at 224 pixels: ImageReward's heads sit at 0 2 4 6 7, CycleReward's at 0 2 4 6 8."""
+    """The published state dict of a BLIP reward, with the head's linear layers at `places`."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def linear(name: str, rows: int, columns: int) -> None:
@@ -105,7 +111,7 @@ def blip_shapes(
         shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
 
     eye, mind = "blip.visual_encoder", "blip.text_encoder"
-    shapes |= {f"{eye}.cls_token": (1, 1, width), f"{eye}.pos_embed": (1, 197, width)}
+    shapes |= {f"{eye}.cls_token": (1, 1, width), f"{eye}.pos_embed": (1, (side // 16) ** 2 + 1, width)}
     shapes |= {f"{eye}.patch_embed.proj.weight": (width, 3, 16, 16), f"{eye}.patch_embed.proj.bias": (width,)}
     for n in range(layers):
         block = f"{eye}.blocks.{n}"
@@ -116,7 +122,7 @@ def blip_shapes(
         linear(f"{block}.mlp.fc1", 4 * width, width)
         linear(f"{block}.mlp.fc2", width, 4 * width)
     norm(f"{eye}.norm", width)
-    shapes |= {f"{mind}.embeddings.word_embeddings.weight": (30524, text_width)}
+    shapes |= {f"{mind}.embeddings.word_embeddings.weight": (words, text_width)}
     shapes |= {f"{mind}.embeddings.position_embeddings.weight": (512, text_width)}
     norm(f"{mind}.embeddings.LayerNorm", text_width)
     for n in range(text_layers):
@@ -132,7 +138,9 @@ def blip_shapes(
         norm(f"{layer}.output.LayerNorm", text_width)
     linear("blip.vision_proj", 256, width)
     linear("blip.text_proj", 256, text_width)
-    for place, (one, other) in zip(places, ((text_width, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))):
+    for place, (one, other) in zip(
+        places, ((text_width, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)), strict=True
+    ):
         linear(f"mlp.layers.{place}", other, one)
     return shapes
 
@@ -147,7 +155,9 @@ SIZES = {  # reduced: quick enough for every run of the tests; full: as publishe
 HEADS = {"image_reward": (0, 2, 4, 6, 7), "cyclereward": (0, 2, 4, 6, 8)}
 
 
-def open_clip_shapes(width: int, layers: int, text_width: int, text_layers: int, embed: int, head: int) -> dict[str, tuple[int, ...]]:
+def open_clip_shapes(
+    width: int, layers: int, text_width: int, text_layers: int, embed: int, head: int
+) -> dict[str, tuple[int, ...]]:
     """The state dict of an open_clip CLIP like ViT-H-14 at 224 pixels (HPSv2); `head` does not show in it."""
     shapes: dict[str, tuple[int, ...]] = {
         "positional_embedding": (77, text_width),
@@ -171,7 +181,9 @@ def open_clip_shapes(width: int, layers: int, text_width: int, text_layers: int,
     return shapes | {f"{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
 
 
-def transformers_clip_shapes(width: int, layers: int, text_width: int, text_layers: int, embed: int, head: int) -> dict[str, tuple[int, ...]]:
+def transformers_clip_shapes(
+    width: int, layers: int, text_width: int, text_layers: int, embed: int, head: int
+) -> dict[str, tuple[int, ...]]:
     """The state dict of a transformers CLIPModel like CLIP ViT-H-14 (PickScore); `head` does not show in it."""
     shapes: dict[str, tuple[int, ...]] = {
         "logit_scale": (),
@@ -190,7 +202,10 @@ def transformers_clip_shapes(width: int, layers: int, text_width: int, text_laye
             layer = f"{part}.encoder.layers.{n}"
             vectors |= {f"{layer}.layer_norm1": size, f"{layer}.layer_norm2": size}
             for name in "qkv":
-                shapes |= {f"{layer}.self_attn.{name}_proj.weight": (size, size), f"{layer}.self_attn.{name}_proj.bias": (size,)}
+                shapes |= {
+                    f"{layer}.self_attn.{name}_proj.weight": (size, size),
+                    f"{layer}.self_attn.{name}_proj.bias": (size,),
+                }
             shapes |= {f"{layer}.self_attn.out_proj.weight": (size, size), f"{layer}.self_attn.out_proj.bias": (size,)}
             shapes |= {f"{layer}.mlp.fc1.weight": (4 * size, size), f"{layer}.mlp.fc1.bias": (4 * size,)}
             shapes |= {f"{layer}.mlp.fc2.weight": (size, 4 * size), f"{layer}.mlp.fc2.bias": (size,)}
@@ -202,7 +217,12 @@ def clip_config(width: int, layers: int, text_width: int, text_layers: int, embe
     eye = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
     eye |= {"num_attention_heads": width // head, "patch_size": 14, "image_size": 224, "hidden_act": "gelu"}
     mind = {"hidden_size": text_width, "num_hidden_layers": text_layers, "intermediate_size": 4 * text_width}
-    mind |= {"num_attention_heads": text_width // 64, "hidden_act": "gelu", "vocab_size": 49408, "max_position_embeddings": 77}
+    mind |= {
+        "num_attention_heads": text_width // 64,
+        "hidden_act": "gelu",
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+    }
     return {"model_type": "clip", "projection_dim": embed, "vision_config": eye, "text_config": mind}
 
 

@@ -132,7 +132,8 @@ def write_clip_tokenizer(bpe: Path, folder: Path) -> None:
     """OpenAI's merges as the two files of transformers' CLIPTokenizer."""
     from clip.simple_tokenizer import bytes_to_unicode
 
-    merges = gzip.open(bpe, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    lines = gzip.decompress(bpe.read_bytes()).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]  # as OpenAI's tokenizer reads it
     letters = list(bytes_to_unicode().values())
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
