@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.tower import TOWERS, Preprocessing, Tower, TowerSpec
+from t2i_align.rewards.tower import CLIP_MEAN, CLIP_STD, TOWERS, Preprocessing, Tower, TowerSpec
 
 SCHEMES = ("local-dir:", "hf-hub:")
 WEIGHT_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+CLIP_WORDS = "clip"  # as a tower's processor: `clip_tokenizer`, and pictures as OpenAI's CLIP takes them
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors write them
 
 
@@ -122,7 +124,8 @@ def _transformers(spec: TowerSpec) -> Tower:
     for part in (network.config.text_config, network.config.vision_config):
         if spec.name.startswith("openai/") and part.hidden_act != "quick_gelu":
             raise RewardError(f"The weights {spec.name!r} need quick_gelu but their config says {part.hidden_act!r}.")
-    tokeniser = AutoTokenizer.from_pretrained(processor, local_files_only=True)
+    own = spec.processor == CLIP_WORDS
+    tokeniser = clip_tokenizer() if own else AutoTokenizer.from_pretrained(processor, local_files_only=True)
     context = network.config.text_config.max_position_embeddings
 
     def tokenise(texts: list[str]) -> Tensor:
@@ -132,8 +135,32 @@ def _transformers(spec: TowerSpec) -> Tower:
     def length(text: str) -> int:
         return len(tokeniser(text).input_ids)
 
-    preprocessing = spec.preprocessing or _read_processor(CLIPImageProcessor.from_pretrained(processor))
+    side = network.config.vision_config.image_size
+    published = Preprocessing((side, side), CLIP_MEAN, CLIP_STD)
+    if spec.preprocessing is not None:
+        preprocessing = spec.preprocessing
+    else:
+        preprocessing = published if own else _read_processor(CLIPImageProcessor.from_pretrained(processor))
     return Tower(spec, network, preprocessing, _encode_image_transformers, _encode_text_transformers, tokenise, length)
+
+
+@lru_cache(1)
+def clip_tokenizer() -> Any:
+    """transformers' CLIP tokenizer with the vocabulary of OpenAI's and LAION's CLIPs, which open_clip carries.
+
+    Context 77, padded with the end token, as the published repositories configure it.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    words = SimpleTokenizer()
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocabulary = dict(words.encoder)
+    vocabulary[start], vocabulary[end] = (vocabulary.pop(name) for name in ("<start_of_text>", "<end_of_text>"))
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=list(words.bpe_ranks), bos_token=start, eos_token=end, pad_token=end, unk_token=end,
+        model_max_length=77,
+    )  # fmt: skip
 
 
 def _read_processor(processor: Any) -> Preprocessing:

@@ -22,6 +22,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer
 from t2i_align.rewards.checkpoints import load_tower, missing_weights
 from t2i_align.rewards.expression import RewardError
+from t2i_align.rewards.files import WeightFile
 from t2i_align.rewards.tower import Tower, TowerSpec
 
 Variant = Literal["cosine", "x100", "clipscore"]
@@ -74,6 +75,7 @@ class CLIP(TowerScorer):
     unit: ClassVar[str] = "cosine"
     license: ClassVar[str] = "MIT"  # the model card puts deployment out of scope
     source: ClassVar[str] = PUBLISHED
+    files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("model.safetensors", PUBLISHED),)
     summary: ClassVar[str] = "cosine of picture and prompt by CLIP ViT-L/14"
     tolerance: ClassVar[float] = 1e-2  # a float image is resized without rounding to 8 bits
 
@@ -95,8 +97,10 @@ class CLIP(TowerScorer):
         self.name = label or self.name
 
     @classmethod
-    def missing(cls) -> str | None:
-        return missing_weights(PUBLISHED)
+    def missing(cls, **options: Any) -> str | None:
+        if options.get("weights"):  # open_clip's
+            return None
+        return missing_weights(options.get("name") or PUBLISHED)
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         text = self.tower.text_features([self.prefix + prompt for prompt in prompts.text])

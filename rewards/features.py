@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as V
 
 from t2i_align.config import nearest
 from t2i_align.data.images import to_tensors
-from t2i_align.rewards.checkpoints import load_tower, missing_weights
+from t2i_align.rewards.checkpoints import RESAMPLE, load_tower, missing_weights
 from t2i_align.rewards.clip import TowerScorer
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.tower import TowerSpec
+from t2i_align.rewards.tower import Preprocessing, TowerSpec
 
 Extract = Callable[[Tensor], Tensor]
 
@@ -77,29 +76,36 @@ class TowerFeatures(nn.Module):
 
 
 class Vision(nn.Module):
-    """The class token of a transformers vision transformer (DINO, DINOv2, ViT), with its processor's recipe."""
+    """The class token of a transformers vision transformer (DINO, DINOv2, ViT).
 
-    mean: Tensor
-    std: Tensor
+    Args:
+        name: hub id or folder.
+        preprocessing: instead of its processor's.
+    """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, preprocessing: Preprocessing | None = None) -> None:
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
 
-        how: Any = AutoImageProcessor.from_pretrained(name, local_files_only=True)
         self.network = AutoModel.from_pretrained(name, local_files_only=True).eval().requires_grad_(False)
-        size, crop = dict(how.size), dict(getattr(how, "crop_size", None) or {})
-        self.shortest = size.get("shortest_edge")
-        self.crop = [crop["height"], crop["width"]] if crop else [size["height"], size["width"]]
-        self.mode = V.InterpolationMode({0: "nearest", 2: "bilinear", 3: "bicubic"}[int(how.resample)])
-        self.register_buffer("mean", torch.tensor(how.image_mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(how.image_std)[:, None, None])
+        self.preprocessing = preprocessing or _read_vision_processor(name)
 
     def forward(self, images: Tensor) -> Tensor:
-        target = [self.shortest] if self.shortest else self.crop
-        resized = V.resize(images, target, self.mode, antialias=True).clamp(0, 1)
-        pixels = (V.center_crop(resized, self.crop) - self.mean) / self.std
-        return self.network(pixel_values=pixels.to(self.network.dtype)).last_hidden_state[:, 0].float()
+        pixels = self.preprocessing(images.float()).to(self.network.dtype)
+        return self.network(pixel_values=pixels).last_hidden_state[:, 0].float()
+
+
+def _read_vision_processor(name: str) -> Preprocessing:
+    from transformers import AutoImageProcessor
+
+    how: Any = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+    size, crop = dict(how.size), dict(getattr(how, "crop_size", None) or {})
+    shortest = size.get("shortest_edge") or 0
+    target = crop if crop and shortest else size
+    return Preprocessing(
+        (target["height"], target["width"]), tuple(how.image_mean), tuple(how.image_std),
+        "shortest" if shortest else "squash", RESAMPLE[int(how.resample)], before_crop=shortest,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from t2i_align import playground
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.clip import CLIP, TowerScorer, Variant
+from t2i_align.rewards.files import WeightFile
 from t2i_align.rewards.tower import TowerSpec
 
 WEIGHTS = Path(playground.__file__).parent / "weights"
@@ -24,6 +25,7 @@ class TinyCLIP(CLIP):
     name = "tiny_clip"
     license: ClassVar[str] = "Apache-2.0"
     source: ClassVar[str] = "the package"
+    files: ClassVar[tuple[WeightFile, ...]] = ()
     summary: ClassVar[str] = "cosine of picture and caption by the playground's own CLIP"
     tolerance: ClassVar[float] = 1e-4
 
@@ -31,7 +33,7 @@ class TinyCLIP(CLIP):
         super().__init__(f"local-dir:{folder}", variant=variant)
 
     @classmethod
-    def missing(cls) -> str | None:
+    def missing(cls, **options: Any) -> str | None:
         return _missing(CLIP_FOLDER, "clip")
 
 
@@ -55,7 +57,7 @@ class TinyPick(TowerScorer):
         self.register_buffer("heads", load_file(folder / SIBLINGS)["heads"].float())
 
     @classmethod
-    def missing(cls) -> str | None:
+    def missing(cls, **options: Any) -> str | None:
         return _missing(PICK_FOLDER, "pick")
 
     def forward(self, images: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
+from t2i_align.rewards.pillow import SUPPORT, pillow_resize
+
 TEXTS = 4096  # texts whose features a tower remembers
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
 
 
 class Preprocessing(NamedTuple):
     """How pictures of any size become the network's input.
 
-    `resize`: "shortest" side to `size`, then a centre crop; "longest" side to `size`, then centred on `fill`; "squash"
-    to `size` whatever the shape.
+    `resize`: "shortest" side to `size` (or to `before_crop`), then a centre crop; "longest" side to `size`, then
+    centred on `fill`; "squash" to `size` whatever the shape; "none" takes pictures as they are.
+
+    `eight_bit`: the recipe resizes 8-bit pictures, as Pillow does, and gradients pass through the rounding; False where
+    it resizes floats and keeps what bicubic interpolation overshoots.
     """
 
     size: tuple[int, int]  # height, width
@@ -35,6 +41,8 @@ class Preprocessing(NamedTuple):
     interpolation: str = "bicubic"
     fill: float = 0.0  # in [0, 1]
     antialias: bool = True
+    eight_bit: bool = True
+    before_crop: int = 0  # pixels of the shortest side before the crop, where that is not `size`
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, *size), normalised, differentiable."""
@@ -44,26 +52,32 @@ class Preprocessing(NamedTuple):
 
     def _fit(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if (height, width) == self.size:
+        if self.resize == "none" or ((height, width) == self.size and not self.before_crop):
             return images
         target = self._target(height, width)
         if target != (height, width):
-            mode = V.InterpolationMode(self.interpolation)
-            images = V.resize(images, list(target), mode, antialias=self.antialias)
-            images = images.clamp(0, 1)  # bicubic overshoot, which an 8-bit picture cannot hold either
+            images = self._resize(images, target)
         if self.resize == "longest":
             top, left = ((goal - side) // 2 for goal, side in zip(self.size, target, strict=True))
             bottom, right = self.size[0] - target[0] - top, self.size[1] - target[1] - left
             return F.pad(images, (left, right, top, bottom), value=self.fill)
         return V.center_crop(images, list(self.size))
 
+    def _resize(self, images: Tensor, target: tuple[int, int]) -> Tensor:
+        if self.eight_bit and self.antialias and self.interpolation in SUPPORT:
+            return pillow_resize(images, target, self.interpolation)
+        return V.resize(images, list(target), V.InterpolationMode(self.interpolation), antialias=self.antialias)
+
     def _target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the resize, before crop or padding."""
         if self.resize == "squash":
             return self.size
-        scales = self.size[0] / height, self.size[1] / width
-        scale, whole = (max(scales), int) if self.resize == "shortest" else (min(scales), round)
-        sides = [max(1, whole(side * scale + 1e-6)) for side in (height, width)]
+        goal = (self.before_crop,) * 2 if self.before_crop else self.size
+        scales = goal[0] / height, goal[1] / width
+        if self.resize == "shortest":  # cut to whole pixels; 1e-6 for what should be whole but is not in floats
+            sides = [max(1, int(side * max(scales) + 1e-6)) for side in (height, width)]
+        else:
+            sides = [max(1, round(side * min(scales))) for side in (height, width)]
         return sides[0], sides[1]
 
 
@@ -72,7 +86,7 @@ class TowerSpec(NamedTuple):
 
     `name`: an open_clip model name, `local-dir:FOLDER`, `hf-hub:REPO`, or the folder or hub id of a transformers
     `CLIPModel`. `weights`: open_clip's tag or checkpoint file for a model name. `processor`: folder or hub id of
-    tokenizer and image processor, where a transformers checkpoint has none. `preprocessing`: instead of its own.
+    tokenizer and image processor, where a transformers checkpoint has none; `clip` for what all published CLIPs share. `preprocessing`: instead of its own.
     """
 
     name: str

@@ -37,7 +37,7 @@ def show(
     name: Annotated[str, Argument(help="A scorer, a function of scorers, or an expression such as 'lcb(a, b)'.")],
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Describe a scorer or a function of scorers."""
+    """Describe a scorer or a function of scorers, with the files of its weights and their SHA-256."""
     import inspect
 
     from t2i_align.rewards import check_reward, load_reward, scorer_class
@@ -55,13 +55,14 @@ def show(
         found = scorer_class(str(node))
         low, high = found.range
         about = inspect.getdoc(found) or ""
-        facts = {**_row(found), "range": f"{low:g} to {high:g}", "options": _options(found), "summary": about}
+        facts = {**_row(found), "range": f"{low:g} to {high:g}", "options": _options(found), "source": found.source}
+        facts |= {"files": [file.facts() for file in found.files], "summary": about}
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     width = max(map(len, facts))
     for label, value in facts.items():
-        first, *rest = str(value).splitlines() or [""]
+        first, *rest = _lines(value) or [""]
         print(f"{label.ljust(width)}  {first}".rstrip())
         for line in rest:
             print(f"{' ' * width}  {line}".rstrip())
@@ -118,6 +119,13 @@ def calibrate(
             for scorer, reference in zip(scorers, references, strict=True)
         ]
     )
+
+
+def _lines(value: Any) -> list[str]:
+    """What a person reads of a fact: of files, one block a file."""
+    if not isinstance(value, list):
+        return str(value).splitlines()
+    return [f"{'' if key == 'file' else f'  {key} '}{said}" for facts in value for key, said in facts.items()]
 
 
 def _options(found: type) -> str:
