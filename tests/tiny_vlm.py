@@ -1,4 +1,4 @@
-"""The scorers on language models at tiny size: real classes, random weights, files with the originals' names and keys."""
+"""Scorers on language models at tiny size: real classes, random weights, files with the originals' names and keys."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ from t2i_align.rewards.cyclereward import CycleReward
 from t2i_align.rewards.hpsv3 import HPSv3, question
 from t2i_align.rewards.image_reward import ImageReward
 from t2i_align.rewards.vlm_judge import VLMJudge
-from t2i_align.rewards.vqascore import BEFORE, VQAScore
+from t2i_align.rewards.vqascore import VQAScore
 
 WORDS = 400
 BLIP = {"width": 64, "layers": 2, "text_width": 64, "text_layers": 2, "side": 32, "words": WORDS}
@@ -130,6 +130,9 @@ def write_hpsv3(folder):
     eye = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2}
     config = Qwen2VLConfig(text_config=text, vision_config=eye)
     model = Qwen2VLModel(config)
+    for layer in model.language_model.layers:  # or no word would listen to another
+        layer.self_attn.q_proj.weight.data.mul_(30)
+        layer.self_attn.o_proj.weight.data.mul_(30)
     config.save_pretrained(folder)
     state = {
         name.replace("language_model.", "model.", 1): value.contiguous() for name, value in model.state_dict().items()

@@ -153,7 +153,7 @@ def main(scorer: str, size: str, out: str) -> None:
         score = SCORERS[scorer](scorer, size)
         cases = [
             {"picture": picture, "prompt": prompt, "score": float(score(inputs.PROMPTS[prompt], pictures[picture]))}
-            for picture, prompt in inputs.CASES
+            for picture, prompt in inputs.cases(size)
         ]
         os.chdir(target.parent)
     versions = {name: metadata.version(name) for name in LIBRARIES}

@@ -196,7 +196,9 @@ BETTER = {  # scorer -> (better, worse) picture for PROMPT
     "vlm_judge": (circle, noisy),
     "ocr": (sign, noisy),
     # Networks that know nothing until they have the published weights:
-    **dict.fromkeys(("clip", "pickscore", "hpsv2", "hpsv2.1", "mps", "aesthetic", "clip_iqa", "vlm_rm"), (circle, noisy)),
+    **dict.fromkeys(
+        ("clip", "pickscore", "hpsv2", "hpsv2.1", "mps", "aesthetic", "clip_iqa", "vlm_rm"), (circle, noisy)
+    ),
     **dict.fromkeys(("image_reward", "cyclereward", "vqascore", "hpsv3"), (circle, noisy)),
 }
 
