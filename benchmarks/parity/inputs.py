@@ -236,5 +236,86 @@ def shapes_of(scorer: str, size: str) -> dict[str, tuple[int, ...]]:
     """The published state dict of a scorer, reduced or full."""
     if scorer in HEADS:
         return blip_shapes(**SIZES["blip"][size], places=HEADS[scorer])
+    if scorer == "hpsv3":
+        return hpsv3_shapes()
     table = open_clip_shapes if scorer == "hpsv2" else transformers_clip_shapes
     return table(**SIZES["clip"][size])
+
+
+QWEN_MARKS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+QWEN_WORDS = 256 + len(QWEN_MARKS)
+QWEN_WIDTH, QWEN_LAYERS = 128, 2
+# What Qwen2-VL-Instruct's chat template makes of one user turn of a picture and a text.
+QWEN_CHAT = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_files() -> dict[str, dict]:
+    """config.json as Qwen2-VL-7B-Instruct has it, smaller, and a tokenizer whose tokens are single bytes."""
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+    names = {byte: chr(byte) for byte in letters}
+    names |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in names)}
+    vocabulary = {name: row for row, name in enumerate(names.values())}
+    vocabulary |= {mark: 256 + row for row, mark in enumerate(QWEN_MARKS)}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = [{"id": vocabulary[mark], "content": mark, **flags} for mark in QWEN_MARKS]
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    tokenizer |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": bytes_, "post_processor": bytes_, "decoder": bytes_}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "fuse_unk": False}
+    tokenizer["model"] = {**model, "end_of_word_suffix": "", "byte_fallback": False, "vocab": vocabulary, "merges": []}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    settings |= {"bos_token": None, "unk_token": None, "model_max_length": 32768, "add_prefix_space": False}
+    settings["added_tokens_decoder"] = {str(vocabulary[mark]): {"content": mark, **flags} for mark in QWEN_MARKS}
+    config = {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "hidden_act": "silu"}
+    config |= {"hidden_size": QWEN_WIDTH, "intermediate_size": 2 * QWEN_WIDTH, "num_hidden_layers": QWEN_LAYERS}
+    config |= {"num_attention_heads": QWEN_WIDTH // 64, "num_key_value_heads": 1, "max_position_embeddings": 32768}
+    config |= {"vocab_size": QWEN_WORDS, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False}
+    config |= {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}, "use_sliding_window": False}
+    for mark in ("vision_start", "vision_end", "image", "video"):
+        config[f"{mark}_token_id"] = vocabulary[f"<|{mark if 'vision' in mark else mark + '_pad'}|>"]
+    eye = {"depth": QWEN_LAYERS, "embed_dim": QWEN_WIDTH, "hidden_size": QWEN_WIDTH, "num_heads": QWEN_WIDTH // 64}
+    eye |= {"mlp_ratio": 4, "in_chans": 3, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2}
+    config["vision_config"] = {**eye, "spatial_patch_size": 14, "temporal_patch_size": 2}
+    return {"config.json": config, "tokenizer.json": tokenizer, "tokenizer_config.json": settings}
+
+
+def hpsv3_shapes() -> dict[str, tuple[int, ...]]:
+    """The published state dict of HPSv3 around that smaller Qwen2-VL, with a row for <|Reward|>."""
+    width, hidden, rows = QWEN_WIDTH, 4 * QWEN_WIDTH, QWEN_WORDS + 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.patch_embed.proj.weight": (width, 3, 2, 14, 14),
+        "model.embed_tokens.weight": (rows, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (rows, width),
+    }
+    vectors = {"visual.merger.ln_q": width}
+    linear = {"visual.merger.mlp.0": (hidden, hidden), "visual.merger.mlp.2": (width, hidden)}
+    linear |= {"rm_head.0": (1024, width), "rm_head.3": (16, 1024), "rm_head.5": (2, 16)}
+    for n in range(QWEN_LAYERS):
+        block, layer = f"visual.blocks.{n}", f"model.layers.{n}"
+        vectors |= {f"{block}.norm1": width, f"{block}.norm2": width}
+        linear |= {f"{block}.attn.qkv": (3 * width, width), f"{block}.attn.proj": (width, width)}
+        linear |= {f"{block}.mlp.fc1": (hidden, width), f"{block}.mlp.fc2": (width, hidden)}
+        linear |= {f"{layer}.self_attn.q_proj": (width, width)}
+        linear |= {f"{layer}.self_attn.{name}_proj": (64, width) for name in "kv"}
+        shapes |= {
+            f"{layer}.self_attn.o_proj.weight": (width, width),
+            f"{layer}.mlp.down_proj.weight": (width, 2 * width),
+        }
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (2 * width, width) for name in ("gate", "up")}
+        shapes |= {f"{layer}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    shapes |= {f"{name}.{part}": (size,) for name, size in vectors.items() for part in ("weight", "bias")}
+    return shapes | {
+        f"{name}.{part}": size if part == "weight" else size[:1]
+        for name, size in linear.items()
+        for part in ("weight", "bias")
+    }

@@ -4,24 +4,28 @@
 
 `image_reward`, `cyclereward`: the wheels' own networks, tokenizers and preprocessing. `hpsv2`: the wheel's network,
 preprocessing and tokenizer, in fp32 (the wheel autocasts on CUDA). `pickscore`: the recipe of its model card,
-transformers' CLIPModel and CLIPProcessor.
+transformers' CLIPModel and CLIPProcessor. `hpsv3`, reduced alone: the wheel's network, message and resizing, on
+transformers 4.45.2.
 """
 
 from __future__ import annotations
 
+import ast
 import gzip
 import importlib.metadata as metadata
+import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Optional
 
 import inputs
 import torch
 
-LIBRARIES = ("image-reward", "cyclereward", "hpsv2", "transformers", "timm", "torch", "torchvision", "pillow")
+LIBRARIES = ("image-reward", "cyclereward", "hpsv2", "hpsv3", "transformers", "timm", "torch", "torchvision", "pillow")
 
 
 def weights(scorer: str, size: str) -> dict[str, torch.Tensor]:
@@ -142,7 +146,58 @@ def write_clip_tokenizer(bpe: Path, folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
 
 
-SCORERS = {"image_reward": blip, "cyclereward": blip, "hpsv2": hpsv2, "pickscore": pickscore}
+def hpsv3(scorer: str, size: str):
+    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+    from transformers import Qwen2VLProcessor
+
+    found = next(folder for folder in map(Path, sys.path) if (folder / "hpsv3").is_dir()) / "hpsv3"
+    names = {"torch": torch, "nn": torch.nn, "Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration}
+    names |= {"Optional": Optional, "List": list}
+    run(found / "model" / "qwen2vl_trainer.py", "Qwen2VLRewardModelBT", names)  # its imports want trl and deepspeed
+    run(found / "dataset" / "data_collator_qwen.py", "INSTRUCTION", names)
+    run(found / "dataset" / "data_collator_qwen.py", "prompt_with_special_token", names)
+    place = importlib.util.spec_from_file_location("process_vision", found / "dataset" / "utils.py")
+    vision = importlib.util.module_from_spec(place)
+    sys.modules["process_vision"] = vision
+    place.loader.exec_module(vision)
+
+    for file, content in inputs.qwen_files().items():
+        Path(file).write_text(json.dumps(content), encoding="utf-8")
+    words = AutoTokenizer.from_pretrained(".", padding_side="right")
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), words, chat_template=inputs.QWEN_CHAT)
+    words.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    config = Qwen2VLConfig.from_pretrained(".")
+    config.pad_token_id, config._attn_implementation = words.pad_token_id, "sdpa"
+    special = words.convert_tokens_to_ids(["<|Reward|>"])
+    model = names["Qwen2VLRewardModelBT"](config, output_dim=2, special_token_ids=special, rm_head_type="ranknet")
+    model.resize_token_embeddings(len(words))
+    load(model, scorer, size)
+
+    @torch.no_grad()
+    def score(prompt, image):
+        text = names["INSTRUCTION"].format(text_prompt=prompt) + names["prompt_with_special_token"]
+        limits = {"min_pixels": 256 * 28 * 28, "max_pixels": 256 * 28 * 28}
+        content = [{"type": "image", "image": image, **limits}, {"type": "text", "text": text}]
+        message = [[{"role": "user", "content": content}]]
+        images, _ = vision.process_vision_info(message)
+        asked = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        batch = processor(text=asked, images=images, padding=True, return_tensors="pt")
+        mu, log_sigma = model(return_dict=True, **batch)["logits"][0]
+        return mu.item(), log_sigma.exp().item()
+
+    return score
+
+
+def run(file: Path, name: str, names: dict) -> None:
+    """Define one class or constant of a file of the wheel, without the file's imports."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if getattr(node, "name", None) == name or name in [
+            getattr(t, "id", None) for t in getattr(node, "targets", [])
+        ]:
+            exec(compile(ast.Module([node], []), str(file), "exec"), names)
+
+
+SCORERS = {"hpsv3": hpsv3, "image_reward": blip, "cyclereward": blip, "hpsv2": hpsv2, "pickscore": pickscore}
 
 
 def main(scorer: str, size: str, out: str) -> None:
@@ -151,12 +206,14 @@ def main(scorer: str, size: str, out: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         score = SCORERS[scorer](scorer, size)
-        cases = [
-            {"picture": picture, "prompt": prompt, "score": float(score(inputs.PROMPTS[prompt], pictures[picture]))}
-            for picture, prompt in inputs.cases(size)
-        ]
+        cases = []
+        for picture, prompt in inputs.cases(size):
+            value = score(inputs.PROMPTS[prompt], pictures[picture])
+            value, *std = value if isinstance(value, tuple) else (value,)
+            cases.append({"picture": picture, "prompt": prompt, "score": value} | ({"std": std[0]} if std else {}))
         os.chdir(target.parent)
-    versions = {name: metadata.version(name) for name in LIBRARIES}
+    here = {found.metadata["Name"].lower(): found.version for found in reversed(list(metadata.distributions()))}
+    versions = {name: here[name] for name in LIBRARIES if name in here}
     facts = {"scorer": scorer, "size": size, "seed": inputs.SEED, "libraries": versions, "cases": cases}
     target.write_text(json.dumps(facts, indent=1) + "\n")
 

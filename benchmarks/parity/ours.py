@@ -33,11 +33,14 @@ class Case(NamedTuple):
     prompt: str
     original: float
     ours: float
+    original_std: float = 0.0
+    ours_std: float = 0.0
 
     @property
     def difference(self) -> float:
-        """Relative to the original's score."""
-        return abs(self.ours - self.original) / abs(self.original)
+        """Relative to the original's score; of the stds too, where there are any."""
+        stds = abs(self.ours_std / self.original_std - 1) if self.original_std else 0.0
+        return max(abs(self.ours / self.original - 1), stds)
 
 
 def compare(scorer: str, size: str, folder: Path) -> list[Case]:
@@ -50,8 +53,11 @@ def compare(scorer: str, size: str, folder: Path) -> list[Case]:
     for case in fixture["cases"]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # prompts are cut on purpose
-            score = module.scores(pictures[case["picture"]], inputs.PROMPTS[case["prompt"]]).total.item()
-        cases.append(Case(case["picture"], case["prompt"], case["score"], score))
+            scores = module.scores(pictures[case["picture"]], inputs.PROMPTS[case["prompt"]])
+        std = 0.0 if scores.std is None else scores.std.item()
+        cases.append(
+            Case(case["picture"], case["prompt"], case["score"], scores.total.item(), case.get("std", 0.0), std)
+        )
     return cases
 
 
@@ -93,9 +99,19 @@ def _pickscore(scorer: str, size: str, folder: Path) -> Scorer:
     return PickScore(str(folder))
 
 
+def _hpsv3(scorer: str, size: str, folder: Path) -> Scorer:
+    from t2i_align.rewards.hpsv3 import HPSv3
+
+    for file, content in inputs.qwen_files().items():
+        (folder / file).write_text(json.dumps(content), encoding="utf-8")
+    _write(scorer, size, folder / "HPSv3.safetensors")
+    return HPSv3(str(folder), str(folder), dtype="float32")
+
+
 MAKE: dict[str, Callable[[str, str, Path], Scorer]] = {
     "image_reward": _blip,
     "cyclereward": _blip,
+    "hpsv3": _hpsv3,
     "hpsv2": _hpsv2,
     "pickscore": _pickscore,
 }
