@@ -81,8 +81,10 @@ class Aesthetic(clip.TowerScorer):
     def score(self, features: Tensor) -> Tensor:
         """The head on unit vectors (B, D), in fp32 whatever the tower's number type -> (B,)."""
         for layer in self.layers:
-            linear = isinstance(layer, nn.Linear)
-            features = F.linear(features, layer.weight.float(), layer.bias.float()) if linear else layer(features)
+            if isinstance(layer, nn.Linear):
+                features = F.linear(features, layer.weight.float(), layer.bias.float())
+            else:
+                features = layer(features)
         return features[:, 0]
 
 
@@ -101,5 +103,6 @@ def _layers(state: dict[str, Tensor]) -> nn.Sequential:
     for place in places:
         while len(modules) < int(place.rpartition(".")[2]):
             modules.append(gap() if isinstance(modules[-1], nn.Linear) else nn.Identity())
-        modules.append(nn.Linear(*reversed(shapes[place])))
+        outputs, inputs = shapes[place]
+        modules.append(nn.Linear(inputs, outputs))
     return nn.Sequential(*modules)

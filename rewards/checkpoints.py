@@ -136,7 +136,7 @@ def _transformers(spec: TowerSpec) -> Tower:
         return len(tokeniser(text).input_ids)
 
     side = network.config.vision_config.image_size
-    published = Preprocessing((side, side), CLIP_MEAN, CLIP_STD)
+    published = Preprocessing((side, side), CLIP_MEAN, CLIP_STD, floor_crop=True)
     if spec.preprocessing is not None:
         preprocessing = spec.preprocessing
     else:
@@ -146,7 +146,7 @@ def _transformers(spec: TowerSpec) -> Tower:
 
 @lru_cache(1)
 def clip_tokenizer() -> Any:
-    """transformers' CLIP tokenizer with the vocabulary of OpenAI's and LAION's CLIPs, which open_clip carries.
+    """The CLIP tokenizer of transformers with the vocabulary of OpenAI's and LAION's CLIPs, which open_clip carries.
 
     Context 77, padded with the end token, as the published repositories configure it.
     """
@@ -172,7 +172,7 @@ def _read_processor(processor: Any) -> Preprocessing:
         )
     return Preprocessing(
         (crop["height"], crop["width"]), tuple(processor.image_mean), tuple(processor.image_std), "shortest",
-        RESAMPLE[int(processor.resample)],
+        RESAMPLE[int(processor.resample)], floor_crop=True,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Noise-free image", "noisy image"),
     ),
 }
-STRIDE = 32  # of the network: it needs a picture this wide and high
+SMALLEST = 31  # pixels a side, below which nothing is left after the network's five halvings
 POSITIONS = "attnpool.positional_embedding"
 
 
@@ -61,18 +61,20 @@ class ClipIQA(TowerScorer):
         self, pairs: str | Sequence[tuple[str, str]] = "paper", weights: str = "", model: str = "RN50-quickgelu"
     ) -> None:
         if isinstance(pairs, str) and pairs not in PAIRS:
-            raise RewardError(f"Unknown pairs {pairs!r} of clip_iqa.{nearest(pairs, PAIRS)} Expected {', '.join(PAIRS)}.")
+            raise RewardError(
+                f"Unknown pairs {pairs!r} of clip_iqa.{nearest(pairs, PAIRS)} Expected {', '.join(PAIRS)}."
+            )
         path = find_weights(weights, self.files[0], self.name)
         as_it_is = Preprocessing((0, 0), CLIP_MEAN, CLIP_STD, "none")
         super().__init__(TowerSpec(model, str(path), preprocessing=as_it_is))
         self.pairs = PAIRS[pairs] if isinstance(pairs, str) else tuple((good, bad) for good, bad in pairs)
-        visual = self.tower.network.visual
+        visual = self.tower.network.get_submodule("visual")
         if POSITIONS not in dict(visual.named_parameters()):
             raise RewardError(f"Expected a CLIP with a ResNet, such as RN50, but {model} has {type(visual).__name__}.")
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
-        if min(images.shape[-2:]) < STRIDE:
-            raise RewardError(f"{self.name!r} needs images of {STRIDE} pixels or more but got {tuple(images.shape)}.")
+        if min(images.shape[-2:]) < SMALLEST:
+            raise RewardError(f"{self.name!r} needs images of {SMALLEST} pixels or more but got {tuple(images.shape)}.")
         pixels = self.tower.preprocessing(images.float()).to(self.tower.dtype)
         image = F.normalize(self._encode(pixels).float(), dim=-1)
         good, bad = (self.tower.text_features(texts) for texts in zip(*self.pairs, strict=True))  # (pairs, D)
@@ -80,6 +82,6 @@ class ClipIQA(TowerScorer):
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Image embeddings (B, D) with zeros for the position embedding, one row of them for any number of tokens."""
-        visual = self.tower.network.visual
+        visual = self.tower.network.get_submodule("visual")
         positions = visual.get_parameter(POSITIONS)
         return torch.func.functional_call(visual, {POSITIONS: torch.zeros_like(positions[:1])}, (pixels,))

@@ -105,6 +105,7 @@ def _read_vision_processor(name: str) -> Preprocessing:
     return Preprocessing(
         (target["height"], target["width"]), tuple(how.image_mean), tuple(how.image_std),
         "shortest" if shortest else "squash", RESAMPLE[int(how.resample)], before_crop=shortest,
+        floor_crop=True,
     )  # fmt: skip
 
 

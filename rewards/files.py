@@ -92,9 +92,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def find_weights(
-    given: str | Path, published: WeightFile, scorer: str, beside: Sequence[WeightFile] = ()
-) -> Path:
+def find_weights(given: str | Path, published: WeightFile, scorer: str, beside: Sequence[WeightFile] = ()) -> Path:
     """The file a scorer reads.
 
     Args:
@@ -112,9 +110,9 @@ def find_weights(
         return Path(published.find() or "")
     path = Path(given)
     path = path / published.file if path.is_dir() else path
-    absent = next((file for file in (path, *(path.parent / other.file for other in beside)) if not file.is_file()), None)
-    if absent is not None:
-        raise RewardError(f"Expected the weights of {scorer!r} in {absent}, but there is no such file.")
+    for file in (path, *(path.parent / other.file for other in beside)):
+        if not file.is_file():
+            raise RewardError(f"Expected the weights of {scorer!r} in {file}, but there is no such file.")
     return path
 
 

@@ -3,7 +3,8 @@
 With F the image tokens, T the prompt's tokens and t its pooled vector, C the tokens of a text that names what to look
 at, all projected by a CLIP ViT-H/14,
 
-    a_i = max_j T_i C_j,   seen_i = a_i / max(a) > threshold,   G = cross(F, T where seen),   s = exp(logit_scale) cos(t, G_0)
+    a_i = max_j T_i C_j,   seen_i = a_i / max(a) > threshold,   G = cross(F, T where seen)
+    s = exp(logit_scale) cos(t, G_0)
 
 Departures: the maximum of a is each prompt's own; the published code takes it over the whole batch, so that a score
 there depends on its batch mates (at one prompt a call the two agree). fp32 instead of forced fp16. The threshold is
@@ -82,7 +83,7 @@ class MPS(Scorer):
         self.cross_model = CrossModel(state)
         load_strictly(self, state, path, BUFFERS)
         side = config.vision_config.image_size
-        self.preprocessing = Preprocessing((side, side), CLIP_MEAN, CLIP_STD)
+        self.preprocessing = Preprocessing((side, side), CLIP_MEAN, CLIP_STD, floor_crop=True)
         self.tokeniser = clip_tokenizer()
         self.context = config.text_config.max_position_embeddings
         self.condition, self.threshold = condition, threshold
@@ -126,7 +127,8 @@ class CrossModel(nn.Module):
             self.layers.append(nn.ModuleList([Residual(CrossAttention(*sizes)), Residual(SelfAttention(*sizes))]))
 
     def forward(self, x: Tensor, context: Tensor, seen: Tensor) -> Tensor:
-        for cross, own in self.layers:
+        for block in self.layers:
+            cross, own = block.children()
             x = own(cross(x, context, seen))
         return x
 

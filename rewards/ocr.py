@@ -69,7 +69,8 @@ class OCR(Scorer):
         return None if wanted_text(prompt) else "it has no text between double quotes."
 
     def explain(self, image: Any, prompt: str) -> str | None:
-        (pixels,) = to_uint8(to_tensors(image).reshape(1, 3, *to_tensors(image).shape[-2:]))
+        (picture,) = to_tensors(image)
+        (pixels,) = to_uint8(picture[None])
         return f"wanted {wanted_text(prompt)!r}, read {self.engine(pixels)!r}"
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:

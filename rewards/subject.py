@@ -20,7 +20,7 @@ from t2i_align.config import nearest
 from t2i_align.data.images import to_tensors
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer
-from t2i_align.rewards.checkpoints import load_tower, missing_weights
+from t2i_align.rewards.checkpoints import missing_weights
 from t2i_align.rewards.clip import TowerScorer
 from t2i_align.rewards.expression import RewardError
 from t2i_align.rewards.features import Extract, Vision

@@ -43,6 +43,7 @@ class Preprocessing(NamedTuple):
     antialias: bool = True
     eight_bit: bool = True
     before_crop: int = 0  # pixels of the shortest side before the crop, where that is not `size`
+    floor_crop: bool = False  # an odd margin's half is cut, as transformers does, not rounded to even, as torchvision
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, *size), normalised, differentiable."""
@@ -61,7 +62,10 @@ class Preprocessing(NamedTuple):
             top, left = ((goal - side) // 2 for goal, side in zip(self.size, target, strict=True))
             bottom, right = self.size[0] - target[0] - top, self.size[1] - target[1] - left
             return F.pad(images, (left, right, top, bottom), value=self.fill)
-        return V.center_crop(images, list(self.size))
+        if not self.floor_crop:
+            return V.center_crop(images, list(self.size))
+        top, left = ((side - goal) // 2 for goal, side in zip(self.size, target, strict=True))
+        return images[..., top : top + self.size[0], left : left + self.size[1]]
 
     def _resize(self, images: Tensor, target: tuple[int, int]) -> Tensor:
         if self.eight_bit and self.antialias and self.interpolation in SUPPORT:
@@ -86,7 +90,8 @@ class TowerSpec(NamedTuple):
 
     `name`: an open_clip model name, `local-dir:FOLDER`, `hf-hub:REPO`, or the folder or hub id of a transformers
     `CLIPModel`. `weights`: open_clip's tag or checkpoint file for a model name. `processor`: folder or hub id of
-    tokenizer and image processor, where a transformers checkpoint has none; `clip` for what all published CLIPs share. `preprocessing`: instead of its own.
+    tokenizer and image processor, where a transformers checkpoint has none; `clip` for those that all
+    published CLIPs share. `preprocessing`: instead of its own.
     """
 
     name: str

@@ -28,7 +28,9 @@ def test_strict_counts_what_is_read_besides():
     assert np.isnan(match("hello", " "))
 
 
-@pytest.mark.parametrize(("a", "b", "steps"), [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "abc", 0), ("ab", "ba", 2)])
+@pytest.mark.parametrize(
+    ("a", "b", "steps"), [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "abc", 0), ("ab", "ba", 2)]
+)
 def test_levenshtein(a, b, steps):
     assert levenshtein(a, b) == levenshtein(b, a) == steps
 

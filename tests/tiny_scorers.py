@@ -32,9 +32,9 @@ def hf_clip(folder, words=False, side=SIDE, width=WIDTH):
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
     model.save_pretrained(folder)
     if words:
-        CLIPImageProcessor(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        ).save_pretrained(folder)
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+            folder
+        )
         build_tokenizer().save_pretrained(folder)
     return model
 

@@ -42,12 +42,13 @@ def show(
 
     from t2i_align.rewards import check_reward, load_reward, scorer_class
     from t2i_align.rewards.build import FUNCTIONS, function_class
-    from t2i_align.rewards.expression import Part
+    from t2i_align.rewards.expression import Part, read_reward
 
     if name in FUNCTIONS:
         found: Any = function_class(name)
-        facts = {"name": name, "options": _options(found), "summary": inspect.getdoc(found) or ""}
-    elif not isinstance(node := check_reward(name), (str, Part)):
+        facts: dict[str, Any] = {"name": name, "options": _options(found), "summary": inspect.getdoc(found) or ""}
+    elif not isinstance(node := read_reward(name), (str, Part)):
+        check_reward(name)
         scorer = load_reward(name)
         members = {"parts": ", ".join(scorer.part_names()), "groupwise": "yes" if scorer.groupwise else "no"}
         facts = {**_row(scorer), **members, "weights": "present"}

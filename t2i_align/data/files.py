@@ -1,4 +1,4 @@
-"""Files of large collections: sorted walks, numbered names in braces, members of tar shards."""
+"""Files of large collections: sorted walks, numbered names in braces, members of tar shards, cells of parquet files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import re
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from t2i_align.errors import T2IError
 
@@ -59,13 +60,59 @@ def split_member(path: str | Path) -> tuple[Path, str] | None:
 
 
 def open_bytes(path: str | Path) -> Path | io.BytesIO:
-    """What Pillow opens: the path of a file, or the bytes of a member of a tar shard.
+    """What Pillow opens: the path of a file, or the bytes of a member of a tar shard or of a cell of a parquet file.
 
     Raises:
-        FileNotFoundError: no such member.
+        FileNotFoundError: no such member or cell.
     """
+    cell = split_cell(path)
+    if cell is not None:
+        return io.BytesIO(read_cell(*cell))
     parts = split_member(path)
     return Path(path) if parts is None else io.BytesIO(read_member(*parts))
+
+
+def split_cell(path: str | Path) -> tuple[Path, int, str] | None:
+    """`table.parquet/12/jpg_0` -> (`table.parquet`, 12, `jpg_0`); None for a path that names no cell."""
+    head, separator, cell = str(path).replace(os.sep, "/").partition(".parquet/")
+    row, _, column = cell.partition("/")
+    return (Path(head + ".parquet"), int(row), column) if separator and row.isdigit() and column else None
+
+
+def read_cell(table: Path, row: int, column: str) -> bytes:
+    """The bytes in a cell of a parquet file, or in the `bytes` of one as the datasets library writes images.
+
+    Raises:
+        FileNotFoundError: no such cell, or one without bytes.
+    """
+    try:
+        ends = _group_ends(table, table.stat().st_mtime_ns)
+        group = next(i for i, end in enumerate(ends) if row < end)
+        value = _group(table, group, column, table.stat().st_mtime_ns)[row - (ends[group - 1] if group else 0)].as_py()
+    except (KeyError, OSError, StopIteration) as error:
+        raise FileNotFoundError(f"{table}/{row}/{column}") from error
+    value = value.get("bytes") if isinstance(value, dict) else value
+    if not value:
+        raise FileNotFoundError(f"{table}/{row}/{column}")
+    return value
+
+
+@lru_cache(maxsize=INDICES)
+def _group_ends(table: Path, changed: int) -> list[int]:
+    """The number of rows up to the end of each row group."""
+    import pyarrow.parquet
+
+    about = pyarrow.parquet.read_metadata(table)
+    return list(accumulate(about.row_group(i).num_rows for i in range(about.num_row_groups)))
+
+
+@lru_cache(maxsize=INDICES)
+def _group(table: Path, group: int, column: str, changed: int) -> Any:
+    """A column of a row group."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(table) as file:
+        return file.read_row_group(group, columns=[column]).column(column)
 
 
 def read_member(tar: Path, member: str) -> bytes:
