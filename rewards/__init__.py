@@ -56,6 +56,11 @@ SCORERS = {
     "vlm_rm": "t2i_align.rewards.vlm_rm:VLMRM",
     "subject": "t2i_align.rewards.subject:Subject",
     "ocr": "t2i_align.rewards.ocr:OCR",
+    "image_reward": "t2i_align.rewards.image_reward:ImageReward",
+    "cyclereward": "t2i_align.rewards.cyclereward:CycleReward",
+    "vqascore": "t2i_align.rewards.vqascore:VQAScore",
+    "hpsv3": "t2i_align.rewards.hpsv3:HPSv3",
+    "vlm_judge": "t2i_align.rewards.vlm_judge:VLMJudge",
     "tiny_clip": "t2i_align.rewards.tiny:TinyCLIP",
     "tiny_pick": "t2i_align.rewards.tiny:TinyPick",
 }

@@ -10,6 +10,7 @@ from t2i_align.playground.world import sample_scenes
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import SCORERS, FunctionScorer, RewardError, load_reward, scorer_class
 from tests.tiny_scorers import TINY
+from tests.tiny_vlm import VLM
 
 PROMPT = "a red circle"
 SPECS = [*SCORERS, "2 * verifier - 0.1 * jpeg_incompressibility", "brightness"]
@@ -18,8 +19,8 @@ SPECS = [*SCORERS, "2 * verifier - 0.1 * jpeg_incompressibility", "brightness"]
 def load(spec, folder):
     if spec == "brightness":
         return load_reward(FunctionScorer(lambda images: images.mean((1, 2, 3)), spec, differentiable=True))
-    if spec in TINY:
-        return load_reward(TINY[spec](folder))
+    if made := (TINY | VLM).get(spec):
+        return load_reward(made(folder))
     if spec in SCORERS and (missing := scorer_class(spec).missing()):
         pytest.skip(missing)
     return load_reward(spec)
@@ -192,11 +193,13 @@ BETTER = {  # scorer -> (better, worse) picture for PROMPT
     "tiny_clip": (circle, noisy),
     "tiny_pick": (circle, noisy),
     "subject": (flat, noisy),  # the reference is flat
+    "vlm_judge": (circle, noisy),
     "ocr": (sign, noisy),
     # Networks that know nothing until they have the published weights:
     **dict.fromkeys(
         ("clip", "pickscore", "hpsv2", "hpsv2.1", "mps", "aesthetic", "clip_iqa", "vlm_rm"), (circle, noisy)
     ),
+    **dict.fromkeys(("image_reward", "cyclereward", "vqascore", "hpsv3"), (circle, noisy)),
 }
 
 
@@ -204,7 +207,7 @@ BETTER = {  # scorer -> (better, worse) picture for PROMPT
 def test_larger_is_better(name, tmp_path):
     better, worse = BETTER[name]
     missing = scorer_class(name).missing()
-    if missing and name != "subject":  # which knows a picture from another without having learnt anything
+    if missing and name not in ("subject", "vlm_judge"):  # these tell pictures apart without having learnt anything
         pytest.skip(missing)
     scorer = load(name, tmp_path) if missing else load_reward(name)
     total = scorer.scores([better(), worse()], table(scorer, PROMPT, 2)).total

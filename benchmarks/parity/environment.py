@@ -1,0 +1,65 @@
+"""Make an environment with the original scorers and their own libraries, and write the fixtures with it.
+
+    python benchmarks/parity/environment.py --env /tmp/originals                      # all scorers, both sizes
+    python benchmarks/parity/environment.py --env /tmp/originals image_reward --size reduced
+
+Needs Python 3.11, 10 GB of disk for the environment, 10 GB of memory at full size. Nothing of it is imported by the
+package or its tests, which read the fixtures; the weights are drawn from a seed on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SCORERS = ("image_reward", "cyclereward", "hpsv2", "pickscore")
+
+# The newest of each with which the wheels import; transformers 5 and setuptools 80 have dropped what they use.
+FIRST = ["setuptools<80", "wheel", "torch==2.14.1", "torchvision==0.29.1"]
+PINNED = [
+    *("timm==0.6.13", "transformers==4.40.2", "huggingface_hub==0.23.5", "diffusers==0.27.2", "accelerate==0.30.1"),
+    *("datasets==2.19.2", "openai-clip==1.0.1", "clint==0.5.1", "ftfy", "regex", "tensorboard", "pillow==13.0.0"),
+]
+UNISOLATED = ["fairscale==0.4.13"]  # its build imports torch
+WHEELS = ["image-reward==1.5", "cyclereward==0.1.7", "hpsv2==1.2.0"]  # whose own pins contradict each other
+
+
+def make(env: Path) -> None:
+    """Python 3.11 with the originals, unless it is there."""
+    if (env / "made").exists():
+        return
+    subprocess.run([os.environ.get("PYTHON311", "python3.11"), "-m", "venv", env], check=True)
+    pip = [env / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for options, packages in (
+        ([], FIRST),
+        ([], PINNED),
+        (["--no-build-isolation"], UNISOLATED),
+        (["--no-deps"], WHEELS),
+    ):
+        subprocess.run([*pip, *options, *packages], check=True)
+    (env / "made").touch()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scorers", nargs="*", help=f"of {', '.join(SCORERS)} [default: all]")
+    parser.add_argument("--env", type=Path, required=True, help="where the environment is, or is made")
+    parser.add_argument("--size", choices=("reduced", "full"), help="[default: both]")
+    given = parser.parse_args()
+    if unknown := set(given.scorers) - set(SCORERS):
+        sys.exit(f"Unknown scorers {', '.join(unknown)}; expected {', '.join(SCORERS)}.")
+    make(given.env.resolve())
+    for scorer in given.scorers or SCORERS:
+        for size in (given.size,) if given.size else ("reduced", "full"):
+            out = HERE / "fixtures" / f"{scorer}-{size}.json"
+            python = given.env.resolve() / "bin" / "python"
+            subprocess.run([python, HERE / "original.py", scorer, size, out], check=True)
+            print(f"{out.name} written", flush=True)
+
+
+if __name__ == "__main__":
+    main()
