@@ -147,8 +147,13 @@ def write_clip_tokenizer(bpe: Path, folder: Path) -> None:
 
 
 def hpsv3(scorer: str, size: str):
-    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
-    from transformers import Qwen2VLProcessor
+    from transformers import (
+        AutoTokenizer,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+    )
 
     found = next(folder for folder in map(Path, sys.path) if (folder / "hpsv3").is_dir()) / "hpsv3"
     names = {"torch": torch, "nn": torch.nn, "Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration}
