@@ -176,8 +176,8 @@ class Bench:
         if pipeline not in self.loaded:
             self.loaded[pipeline] = Driver(load_pipeline(pipeline), **call)
         driver = self.loaded[pipeline]
-        kernel = KERNELS.get(pipeline)
-        return Ctx(driver, self.judge(reward), steps, kernel, seed, MAX_BATCH, DECODE_BATCH)
+        scorer, kernel = self.judge(reward), KERNELS.get(pipeline)
+        return Ctx(driver, scorer, steps, kernel, seed, max_batch=MAX_BATCH, decode_batch=DECODE_BATCH)
 
     def base(self, pipeline: str) -> dict[str, Any]:
         """Prices of a pipeline and spreads of the rewards within a prompt, measured once and kept in a file."""
