@@ -195,7 +195,8 @@ BETTER = {  # scorer -> (better, worse) picture for PROMPT
     "ocr": (sign, noisy),
     # Networks that know nothing until they have the published weights:
     **dict.fromkeys(
-        ("clip", "pickscore", "hpsv2", "hpsv2.1", "mps", "aesthetic", "clip_iqa", "vlm_rm"), (circle, noisy)
+        ("clip", "pickscore", "hpsv2", "hpsv2.1", "mps", "aesthetic", "aesthetic_v2.5", "clip_iqa", "vlm_rm"),
+        (circle, noisy),
     ),
 }
 
