@@ -338,7 +338,7 @@ EYE_CONFIG = {
 
 
 def vqascore_shapes() -> dict[str, tuple[int, ...]]:
-    """The state dict of a smaller CLIP-FlanT5, with its CLIP; 28 rows of words have no token, as in the published one."""
+    """The state dict of a smaller CLIP-FlanT5 with its CLIP; 28 rows of words have no token, as in FlanT5's own."""
     words, d, inner, eye = T5_CONFIG["vocab_size"], T5_WIDTH, 64, EYE_WIDTH
     shapes: dict[str, tuple[int, ...]] = {"shared.weight": (words, d), "lm_head.weight": (words, d)}
     for side, parts in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
