@@ -52,6 +52,7 @@ SCORERS = {
     "hpsv2.1": "t2i_align.rewards.hpsv2:HPSv21",
     "mps": "t2i_align.rewards.mps:MPS",
     "aesthetic": "t2i_align.rewards.aesthetic:Aesthetic",
+    "aesthetic_v2.5": "t2i_align.rewards.aesthetic_v25:AestheticV25",
     "clip_iqa": "t2i_align.rewards.clip_iqa:ClipIQA",
     "vlm_rm": "t2i_align.rewards.vlm_rm:VLMRM",
     "subject": "t2i_align.rewards.subject:Subject",

@@ -63,7 +63,7 @@ class Aesthetic(clip.TowerScorer):
         path = find_weights(weights, published, self.name)
         state = read_weights(path)
         super().__init__(TowerSpec(name))
-        self.layers = _layers(state)
+        self.layers = head_layers(state)
         load_strictly(self, state, path)
         wanted = self.layers[0].in_features
         width = self.tower.text_features([""]).shape[1]
@@ -76,16 +76,7 @@ class Aesthetic(clip.TowerScorer):
         return head or missing_weights(options.get("name") or clip.PUBLISHED)
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
-        return self.score(self.tower.image_features(images))
-
-    def score(self, features: Tensor) -> Tensor:
-        """The head on unit vectors (B, D), in fp32 whatever the tower's number type -> (B,)."""
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                features = F.linear(features, layer.weight.float(), layer.bias.float())
-            else:
-                features = layer(features)
-        return features[:, 0]
+        return score_features(self.layers, self.tower.image_features(images))
 
 
 def _head(name: str) -> WeightFile:
@@ -94,7 +85,17 @@ def _head(name: str) -> WeightFile:
     return HEADS[name]
 
 
-def _layers(state: dict[str, Tensor]) -> nn.Sequential:
+def score_features(layers: nn.Sequential, features: Tensor) -> Tensor:
+    """A head on unit vectors (B, D), in fp32 whatever the network's number type -> (B,)."""
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            features = F.linear(features, layer.weight.float(), layer.bias.float())
+        else:
+            features = layer(features)
+    return features[:, 0]
+
+
+def head_layers(state: dict[str, Tensor]) -> nn.Sequential:
     """The modules of a published head at their published places; dropout, which does nothing here, keeps the count."""
     shapes = {key.removesuffix(".weight"): value.shape for key, value in state.items() if key.endswith(".weight")}
     places = sorted(shapes, key=lambda key: int(key.rpartition(".")[2]))

@@ -77,7 +77,6 @@ class CLIP(TowerScorer):
     source: ClassVar[str] = PUBLISHED
     files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("model.safetensors", PUBLISHED),)
     summary: ClassVar[str] = "cosine of picture and prompt by CLIP ViT-L/14"
-    tolerance: ClassVar[float] = 1e-2  # a float image is resized without rounding to 8 bits
 
     def __init__(
         self,

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from t2i_align.config import nearest
 from t2i_align.prompts import Prompts
@@ -71,17 +70,17 @@ class ClipIQA(TowerScorer):
         visual = self.tower.network.get_submodule("visual")
         if POSITIONS not in dict(visual.named_parameters()):
             raise RewardError(f"Expected a CLIP with a ResNet, such as RN50, but {model} has {type(visual).__name__}.")
+        self.tower.encode_image = _encode  # of all on this tower: its spec is no other scorer's
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         if min(images.shape[-2:]) < SMALLEST:
             raise RewardError(f"{self.name!r} needs images of {SMALLEST} pixels or more but got {tuple(images.shape)}.")
-        pixels = self.tower.preprocessing(images.float()).to(self.tower.dtype)
-        image = F.normalize(self._encode(pixels).float(), dim=-1)
         good, bad = (self.tower.text_features(texts) for texts in zip(*self.pairs, strict=True))  # (pairs, D)
-        return torch.sigmoid(self.tower.scale * image @ (good - bad).T).mean(1)
+        return torch.sigmoid(self.tower.scale * self.tower.image_features(images) @ (good - bad).T).mean(1)
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Image embeddings (B, D) with zeros for the position embedding, one row of them for any number of tokens."""
-        visual = self.tower.network.get_submodule("visual")
-        positions = visual.get_parameter(POSITIONS)
-        return torch.func.functional_call(visual, {POSITIONS: torch.zeros_like(positions[:1])}, (pixels,))
+
+def _encode(network: nn.Module, pixels: Tensor) -> Tensor:
+    """Image embeddings (B, D) with zeros for the position embedding, one row of them for any number of tokens."""
+    visual = network.get_submodule("visual")
+    positions = visual.get_parameter(POSITIONS)
+    return torch.func.functional_call(visual, {POSITIONS: torch.zeros_like(positions[:1])}, (pixels,))

@@ -69,7 +69,6 @@ class MPS(Scorer):
     source: ClassVar[str] = PUBLISHED
     files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("model.safetensors", PUBLISHED),)
     summary: ClassVar[str] = "how well people like a picture for a prompt, all dimensions together"
-    tolerance: ClassVar[float] = 1e-4
 
     def __init__(self, weights: str = "", condition: str = OVERALL, threshold: float = 0.3) -> None:
         super().__init__()

@@ -27,7 +27,6 @@ class TinyCLIP(CLIP):
     source: ClassVar[str] = "the package"
     files: ClassVar[tuple[WeightFile, ...]] = ()
     summary: ClassVar[str] = "cosine of picture and caption by the playground's own CLIP"
-    tolerance: ClassVar[float] = 1e-4
 
     def __init__(self, variant: Variant = "cosine", folder: Path = CLIP_FOLDER) -> None:
         super().__init__(f"local-dir:{folder}", variant=variant)

@@ -12,14 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from transformers import CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel, SiglipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from t2i_align.data.images import pil_to_tensor
 from t2i_align.playground.world import sample_scenes
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import RewardError, check_reward, load_reward
-from t2i_align.rewards.aesthetic import HEADS, Aesthetic
+from t2i_align.rewards.aesthetic import HEADS, Aesthetic, score_features
+from t2i_align.rewards.aesthetic_v25 import AestheticV25
 from t2i_align.rewards.checkpoints import clip_tokenizer
 from t2i_align.rewards.clip import CLIP
 from t2i_align.rewards.clip_iqa import PAIRS, ClipIQA
@@ -206,13 +208,13 @@ def real_head(tmp_path_factory):
 
 def test_the_published_head_gives_the_published_numbers(real_head):
     ones = torch.ones(1, 768) / math.sqrt(768)
-    assert real_head.score(ones).item() == pytest.approx(4.883285, abs=2e-6)
-    assert real_head.score(torch.zeros(1, 768)).item() == pytest.approx(5.236646, abs=2e-6)
-    w = real_head.score(torch.eye(768)) - real_head.score(torch.zeros(1, 768))
+    assert score_features(real_head.layers, ones).item() == pytest.approx(4.883285, abs=2e-6)
+    assert score_features(real_head.layers, torch.zeros(1, 768)).item() == pytest.approx(5.236646, abs=2e-6)
+    w = score_features(real_head.layers, torch.eye(768)) - score_features(real_head.layers, torch.zeros(1, 768))
     assert w.norm().item() == pytest.approx(17.995625, rel=1e-5)
     assert w[:4].tolist() == pytest.approx([-0.69159, -0.55699, -0.32117, -0.63148], abs=2e-5)
     random = F.normalize(torch.randn(5, 768, generator=torch.Generator().manual_seed(0)), dim=-1)
-    torch.testing.assert_close(real_head.score(random), 5.236646 + random @ w, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(score_features(real_head.layers, random), 5.236646 + random @ w, rtol=1e-5, atol=1e-5)
     assert sha256(REAL_HEAD) == HEADS["sac"].sha256
 
 
@@ -225,7 +227,7 @@ def test_the_published_head_scores_pictures_with_a_gradient(real_head, pictures)
 
 def test_heads_with_activations_are_told_by_their_keys(tmp_path, pictures):
     tiny.hf_clip(tmp_path, words=True)
-    state = tiny.head(activated=True)
+    state = tiny.head(places=(0, 3, 6, 9, 11))
     torch.save(state, tmp_path / "ava+logos-l14-reluMSE.pth")
     scorer = Aesthetic("ava_relu", str(tmp_path), str(tmp_path))
     x = F.normalize(torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -233,19 +235,36 @@ def test_heads_with_activations_are_told_by_their_keys(tmp_path, pictures):
     for place in (0, 3, 6, 9, 11):
         expected = expected @ state[f"layers.{place}.weight"].T + state[f"layers.{place}.bias"]
         expected = expected if place == 11 else expected.relu()
-    torch.testing.assert_close(scorer.score(x), expected[:, 0])
+    torch.testing.assert_close(score_features(scorer.layers, x), expected[:, 0])
 
 
 def test_wrong_heads_are_refused(tmp_path):
     tiny.hf_clip(tmp_path, words=True)
     with pytest.raises(RewardError, match="Did you mean 'ava_relu'"):
         Aesthetic("ava_rel")
-    torch.save(tiny.head(width=30), tmp_path / HEADS["sac"].file)
+    torch.save(tiny.head(30), tmp_path / HEADS["sac"].file)
     with pytest.raises(RewardError, match="head for the 24 features"):
         Aesthetic(weights=str(tmp_path), name=str(tmp_path))
     torch.save(tiny.head() | {"layers.9.weight": torch.zeros(1, 1)}, tmp_path / HEADS["sac"].file)
     with pytest.raises(RewardError, match="not those of this scorer"):
         Aesthetic(weights=str(tmp_path), name=str(tmp_path))
+
+
+def test_v25_reads_siglips_pooled_vector_of_a_squashed_picture(tmp_path, photos):
+    scorer = tiny.aesthetic_v25(tmp_path)
+    state = torch.load(tmp_path / "aesthetic_predictor_v2_5.pth", weights_only=True)
+    assert state["scoring_head.0.weight"].dtype == torch.bfloat16
+    model = SiglipVisionModel.from_pretrained(tmp_path).eval()
+    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    with torch.no_grad():
+        x = model(pixel_values=processor(images=photos, return_tensors="pt").pixel_values).pooler_output
+        x = x / x.norm(dim=-1, keepdim=True)
+        for place in (0, 2, 4, 6, 8):
+            x = x @ state[f"scoring_head.{place}.weight"].float().T + state[f"scoring_head.{place}.bias"].float()
+    torch.testing.assert_close(scorer.scores(photos).total, x[:, 0], rtol=1e-4, atol=1e-5)
+    torch.save(tiny.head(8, prefix="scoring_head", places=(0, 2, 4, 6, 8)), tmp_path / "other.pth")
+    with pytest.raises(RewardError, match="head for the 32 features"):
+        AestheticV25(str(tmp_path / "other.pth"), str(tmp_path))
 
 
 # CLIP-IQA and VLM-RM
@@ -481,6 +500,7 @@ def test_a_sum_of_published_scorers_shares_the_towers_that_are_the_same(tmp_path
         ("subject", "hf download facebook/dino-vits16"),
         ("vlm_rm", "hf download openai/clip-vit-large-patch14"),
         ("aesthetic", "curl -fL --create-dirs -o"),
+        ("aesthetic_v2.5", "curl -fL --create-dirs -o"),
     ],
 )
 def test_missing_weights_are_one_sentence_with_the_command(name, command, tmp_path, monkeypatch):

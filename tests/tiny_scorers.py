@@ -5,10 +5,20 @@ import json
 import open_clip
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from t2i_align.playground.tokenizer import build_tokenizer
 from t2i_align.rewards.aesthetic import Aesthetic
+from t2i_align.rewards.aesthetic_v25 import AestheticV25
 from t2i_align.rewards.clip import CLIP
 from t2i_align.rewards.clip_iqa import ClipIQA
 from t2i_align.rewards.hpsv2 import HPSv2, HPSv21
@@ -64,13 +74,13 @@ def hpsv2(folder, version="v2"):
     return (HPSv2 if version == "v2" else HPSv21)(str(folder), model="tiny-hps", size=SIDE)
 
 
-def head(width=WIDTH, activated=False):
+def head(width=WIDTH, places=(0, 2, 4, 6, 7), prefix="layers"):
     """State dict of an aesthetic head: published places, other widths."""
-    sizes, places = (width, 16, 12, 8, 4, 1), (0, 3, 6, 9, 11) if activated else (0, 2, 4, 6, 7)
+    sizes = (width, 16, 12, 8, 4, 1)
     torch.manual_seed(1)
     layers = [torch.nn.Linear(one, other) for one, other in zip(sizes, sizes[1:], strict=False)]
     return {
-        f"layers.{place}.{part}": getattr(layer, part).detach().clone()
+        f"{prefix}.{place}.{part}": getattr(layer, part).detach().clone()
         for place, layer in zip(places, layers, strict=True)
         for part in ("weight", "bias")
     }
@@ -80,6 +90,15 @@ def aesthetic(folder):
     hf_clip(folder, words=True)
     torch.save(head(), folder / "sac+logos+ava1-l14-linearMSE.pth")
     return Aesthetic(weights=str(folder), name=str(folder))
+
+
+def aesthetic_v25(folder):
+    torch.manual_seed(0)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(**layers, image_size=SIDE, patch_size=8)).save_pretrained(folder)
+    state = head(32, (0, 2, 4, 6, 8), "scoring_head")
+    torch.save({name: value.bfloat16() for name, value in state.items()}, folder / "aesthetic_predictor_v2_5.pth")
+    return AestheticV25(str(folder), str(folder))
 
 
 def clip_iqa(folder):
@@ -150,6 +169,7 @@ TINY = {
     "hpsv2.1": lambda folder: hpsv2(folder, "v2.1"),
     "mps": mps,
     "aesthetic": aesthetic,
+    "aesthetic_v2.5": aesthetic_v25,
     "clip_iqa": clip_iqa,
     "vlm_rm": vlm_rm,
     "subject": subject,

@@ -1,13 +1,14 @@
-"""`t2i-align rewards`: what can score an image here, and calibrating it on a base model."""
+"""`t2i-align rewards`: what can score an image here, calibrating it on a base model, and judging it by preferences."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Context, Option, Typer
 
-rewards = Typer(help="List, describe and calibrate the scorers.", rich_markup_mode=None)
+rewards = Typer(help="List, describe, calibrate and judge the scorers.", rich_markup_mode=None)
 
 
 @rewards.callback(invoke_without_command=True)
@@ -120,6 +121,50 @@ def calibrate(
             for scorer, reference in zip(scorers, references, strict=True)
         ]
     )
+
+
+@rewards.command()
+def evaluate(
+    specs: Annotated[str, Option("--rewards", help="Scorers or expressions, separated by commas.")],
+    out: Annotated[Path, Option(help="Folder for index.html and results.json.")],
+    data: Annotated[
+        list[str] | None,
+        Option("--data", help="Preferences: a .json, .jsonl, .csv or .parquet file, or a folder; may be repeated."),
+    ] = None,
+    root: Annotated[Path | None, Option(help="Folder of the images. [default: that of the file]")] = None,
+    playground: Annotated[bool, Option(help="Also scenes that are drawn, and captions with one false fact.")] = True,
+    scenes: Annotated[int, Option(min=4, help="Drawn scenes.")] = 200,
+    limit: Annotated[int | None, Option(min=1, help="Rankings of each set. [default: all]")] = None,
+    seed: Annotated[int, Option(help="Of the drawn scenes and of the intervals.")] = 0,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the results of an earlier run.")] = False,
+) -> None:
+    """Judge scorers by people's preferences: pairwise accuracy, calibration, stability, distances, false captions.
+
+    Pick-a-Pic, HPDv2, ImageRewardDB and ImageReward's test.json are known by their columns, folders of pairs by their
+    names w/ and l/.
+    """
+    from t2i_align.errors import T2IError
+    from t2i_align.judging.job import Judging, run
+    from t2i_align.rewards import check_reward, split_rewards
+
+    names = split_rewards(specs)
+    if not names or not (data or playground):
+        raise T2IError(
+            f"Expected scorers, and --data or the playground, but got {specs!r} and nothing to judge them on."
+        )
+    for name in names:
+        check_reward(name)
+    settings = Judging(
+        rewards=tuple(names), data=tuple(data or ()), root=str(root or ""), playground=playground, scenes=scenes,
+        limit=limit, seed=seed,
+    )  # fmt: skip
+
+    from t2i_align.cli.tables import print_table
+    from t2i_align.devices import resolve_device
+
+    print_table(run(settings, out, resolve_device(device), overwrite=overwrite))
+    print(f"open {out / 'index.html'}")
 
 
 def _lines(value: Any) -> list[str]:

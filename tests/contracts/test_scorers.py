@@ -197,7 +197,8 @@ BETTER = {  # scorer -> (better, worse) picture for PROMPT
     "ocr": (sign, noisy),
     # Networks that know nothing until they have the published weights:
     **dict.fromkeys(
-        ("clip", "pickscore", "hpsv2", "hpsv2.1", "mps", "aesthetic", "clip_iqa", "vlm_rm"), (circle, noisy)
+        ("clip", "pickscore", "hpsv2", "hpsv2.1", "mps", "aesthetic", "aesthetic_v2.5", "clip_iqa", "vlm_rm"),
+        (circle, noisy),
     ),
     **dict.fromkeys(("image_reward", "cyclereward", "vqascore", "hpsv3"), (circle, noisy)),
 }
