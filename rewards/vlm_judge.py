@@ -103,6 +103,8 @@ class VLMJudge(Scorer):
         self.name, self.form = label or self.name, FORMS[form]
         self.range = self.form.range
         self.model, self.url = model or os.environ[MODEL], (url or os.environ[URL]).rstrip("/")
+        if not self.url.startswith(("http://", "https://")):
+            raise RewardError(f"Expected the url of vlm_judge to start with http:// or https:// but got {self.url!r}.")
         self.template = template or self.form.template
         self.settings: dict[str, Any] = {"temperature": 0, **self.form.parameters, **(parameters or {})}
         if max_tokens:
@@ -124,9 +126,14 @@ class VLMJudge(Scorer):
         return f"name the endpoint by {' and '.join(absent)}." if absent else None
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
-        pairs = list(zip(map(tensor_to_pil, images), prompts.text, strict=True))
+        pairs = zip(map(tensor_to_pil, images), prompts.text, strict=True)
         with ThreadPoolExecutor(self.workers) as pool:
-            values = list(pool.map(self._judge, *zip(*pairs, strict=True)))
+            asked = [pool.submit(self._judge, image, prompt) for image, prompt in pairs]
+            try:
+                values = [one.result() for one in asked]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what cannot judge one cannot judge the others
+                raise
         reasons = [value for value in values if isinstance(value, str)]
         self.asked, self.unread = self.asked + len(values), self.unread + len(reasons)
         if reasons:
@@ -142,7 +149,6 @@ class VLMJudge(Scorer):
         """The value, or why there is none."""
         if self.size:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        body = self.request(image, prompt)
         kept = _folder() / f"{self.key(image, prompt)}.json"
         try:
             if self.cache and kept.is_file():
@@ -150,7 +156,7 @@ class VLMJudge(Scorer):
         except (OSError, ValueError, KeyError, TypeError):
             kept.unlink(missing_ok=True)  # cut off while it was written
         try:
-            value = self._ask(body)
+            value = self._ask(self.request(image, prompt))
         except Unreadable as reason:
             return str(reason)
         if self.cache:

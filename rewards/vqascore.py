@@ -163,7 +163,7 @@ def _load(folder: Path, vision: Path, dtype: torch.dtype) -> tuple[Any, nn.Seque
     words.pop("embed_tokens.weight", None)
     words |= {f"{side}.embed_tokens.weight": words["shared.weight"] for side in ("encoder", "decoder")}
     network = assemble(lambda: T5ForConditionalGeneration(config), words, "CLIP-FlanT5", dtype)
-    network.tie_weights()
+    network.set_input_embeddings(network.shared)  # not `tie_weights`, which throws FlanT5's own output matrix away
     eye = CLIPVisionModel.from_pretrained(vision, local_files_only=True, dtype=dtype).eval().requires_grad_(False)
     if seen:
         named = {name.removeprefix("vision_model."): value for name, value in seen.items()}

@@ -187,6 +187,8 @@ def test_a_rubric_of_ones_own_and_a_key(server, monkeypatch):
 def test_the_endpoint_is_named_by_options_or_variables(server, monkeypatch):
     with pytest.raises(RewardError, match=r"url \(or \$OPENAI_BASE_URL\) and model \(or \$T2I_ALIGN_JUDGE\)"):
         check_reward("vlm_judge")
+    with pytest.raises(RewardError, match="start with http:// or https://"):
+        VLMJudge("m", "localhost:8000/v1")
     block = {"judge": {"use": "vlm_judge", "options": {"model": "m", "url": server.url}}}
     assert load_reward(block).scores(PICTURES[:1], "a cat").total.isfinite().all()
     monkeypatch.setenv(URL, server.url)

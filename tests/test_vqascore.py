@@ -58,6 +58,17 @@ def test_the_score_is_the_root_of_the_answers_probability(scorer):
     assert (total[0] - total[1]).abs() > 1e-4
 
 
+def test_the_output_matrix_is_the_checkpoints_and_words_are_held_once(folders, scorer):
+    from pathlib import Path
+
+    shards = [torch.load(path, weights_only=True) for path in Path(folders["weights"]).glob("*.bin")]
+    saved = {name: value for shard in shards for name, value in shard.items()}
+    network = scorer.network
+    assert torch.equal(network.lm_head.weight, saved["lm_head.weight"])
+    assert torch.equal(network.shared.weight, saved["shared.weight"])
+    assert network.encoder.embed_tokens is network.decoder.embed_tokens is network.shared
+
+
 @torch.no_grad()
 def test_patches_come_from_the_layer_before_the_last_without_the_class_token(scorer):
     caught = []

@@ -74,8 +74,8 @@ def write_vqascore(folder):
     shape = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "is_gated_act": True}
     config = T5Config(vocab_size=len(words) + 6, **shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     model = T5ForConditionalGeneration(config)
-    model.lm_head.weight.data.mul_(0.3)  # or the answer would be sure
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["lm_head.weight"] = 0.3 * torch.randn_like(state["shared.weight"])  # FlanT5's is not tied to the words
     del state["decoder.embed_tokens.weight"]
     state |= {"embed_tokens.weight": state["shared.weight"].clone()}
     for place, (rows, columns) in {0: (32, 32), 2: (32, 32)}.items():

@@ -16,16 +16,22 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCORERS = ("image_reward", "cyclereward", "hpsv2", "pickscore")
+SCORERS = ("image_reward", "cyclereward", "hpsv2", "pickscore", "hpsv3", "vqascore")
+REDUCED = ("hpsv3", "vqascore")  # billions of weights at full size
 
 # The newest of each with which the wheels import; transformers 5 and setuptools 80 have dropped what they use.
 FIRST = ["setuptools<80", "wheel", "torch==2.14.1", "torchvision==0.29.1"]
 PINNED = [
     *("timm==0.6.13", "transformers==4.40.2", "huggingface_hub==0.23.5", "diffusers==0.27.2", "accelerate==0.30.1"),
-    *("datasets==2.19.2", "openai-clip==1.0.1", "clint==0.5.1", "ftfy", "regex", "tensorboard", "pillow==13.0.0"),
+    *("datasets==2.19.2", "openai-clip==1.0.1", "clint==0.5.1", "ftfy", "regex", "tensorboard", "sentencepiece"),
+    "pillow==13.0.0",
 ]
 UNISOLATED = ["fairscale==0.4.13"]  # its build imports torch
 WHEELS = ["image-reward==1.5", "cyclereward==0.1.7", "hpsv2==1.2.0"]  # whose own pins contradict each other
+OVERLAYS = {  # put before the environment's own libraries for one scorer
+    "hpsv3": ["transformers==4.45.2", "tokenizers==0.20.3", "hpsv3==1.0.0"],
+    "vqascore": ["t2v_metrics==3.0"],
+}
 
 
 def make(env: Path) -> None:
@@ -41,6 +47,8 @@ def make(env: Path) -> None:
         (["--no-deps"], WHEELS),
     ):
         subprocess.run([*pip, *options, *packages], check=True)
+    for scorer, packages in OVERLAYS.items():
+        subprocess.run([*pip, "--no-deps", "--target", env / scorer, *packages], check=True)
     (env / "made").touch()
 
 
@@ -55,9 +63,13 @@ def main() -> None:
     make(given.env.resolve())
     for scorer in given.scorers or SCORERS:
         for size in (given.size,) if given.size else ("reduced", "full"):
+            if size == "full" and scorer in REDUCED:
+                continue
             out = HERE / "fixtures" / f"{scorer}-{size}.json"
-            python = given.env.resolve() / "bin" / "python"
-            subprocess.run([python, HERE / "original.py", scorer, size, out], check=True)
+            env = given.env.resolve()
+            paths = {"PYTHONPATH": str(env / scorer)} if scorer in OVERLAYS else {}
+            command = [env / "bin" / "python", HERE / "original.py", scorer, size, out]
+            subprocess.run(command, check=True, env=os.environ | paths)
             print(f"{out.name} written", flush=True)
 
 

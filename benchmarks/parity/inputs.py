@@ -236,8 +236,8 @@ def shapes_of(scorer: str, size: str) -> dict[str, tuple[int, ...]]:
     """The published state dict of a scorer, reduced or full."""
     if scorer in HEADS:
         return blip_shapes(**SIZES["blip"][size], places=HEADS[scorer])
-    if scorer == "hpsv3":
-        return hpsv3_shapes()
+    if scorer in ("hpsv3", "vqascore"):
+        return hpsv3_shapes() if scorer == "hpsv3" else vqascore_shapes()
     table = open_clip_shapes if scorer == "hpsv2" else transformers_clip_shapes
     return table(**SIZES["clip"][size])
 
@@ -319,3 +319,51 @@ def hpsv3_shapes() -> dict[str, tuple[int, ...]]:
         for name, size in linear.items()
         for part in ("weight", "bias")
     }
+
+
+T5_WORDS, T5_WIDTH, T5_LAYERS, EYE_WIDTH, EYE_LAYERS, EYE_SIDE = 207, 64, 2, 64, 3, 336
+T5_CONFIG = {
+    **{"model_type": "clip_t5", "vocab_size": T5_WORDS + 28, "d_model": T5_WIDTH, "d_kv": 32, "d_ff": 2 * T5_WIDTH},
+    **{"num_layers": T5_LAYERS, "num_decoder_layers": T5_LAYERS, "num_heads": 2, "feed_forward_proj": "gated-gelu"},
+    **{"tie_word_embeddings": False, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+    **{"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1},
+    **{"mm_vision_tower": "openai-clip", "mm_hidden_size": EYE_WIDTH, "mm_vision_select_layer": -2},
+    **{"mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu"},
+}
+EYE_CONFIG = {
+    **{"model_type": "clip_vision_model", "hidden_size": EYE_WIDTH, "intermediate_size": 4 * EYE_WIDTH},
+    **{"num_hidden_layers": EYE_LAYERS, "num_attention_heads": 2, "image_size": EYE_SIDE, "patch_size": 14},
+    **{"hidden_act": "quick_gelu", "projection_dim": EYE_WIDTH},
+}
+
+
+def vqascore_shapes() -> dict[str, tuple[int, ...]]:
+    """The state dict of a smaller CLIP-FlanT5 with its CLIP; 28 rows of words have no token, as in FlanT5's own."""
+    words, d, inner, eye = T5_CONFIG["vocab_size"], T5_WIDTH, 64, EYE_WIDTH
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (words, d), "lm_head.weight": (words, d)}
+    for side, parts in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
+        shapes[f"{side}.final_layer_norm.weight"] = (d,)
+        shapes[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 2)
+        for n in range(T5_LAYERS):
+            for m, part in enumerate(parts):
+                layer = f"{side}.block.{n}.layer.{m}"
+                shapes |= {f"{layer}.{part}.{name}.weight": (inner, d) for name in "qkv"}
+                shapes |= {f"{layer}.{part}.o.weight": (d, inner), f"{layer}.layer_norm.weight": (d,)}
+            layer = f"{side}.block.{n}.layer.{len(parts)}"
+            shapes |= {f"{layer}.DenseReluDense.wi_{m}.weight": (2 * d, d) for m in (0, 1)}
+            shapes |= {f"{layer}.DenseReluDense.wo.weight": (d, 2 * d), f"{layer}.layer_norm.weight": (d,)}
+    shapes |= {"mm_projector.0.weight": (d, eye), "mm_projector.2.weight": (d, d)}
+    shapes |= {"mm_projector.0.bias": (d,), "mm_projector.2.bias": (d,)}
+    tower, places = "vision_tower.vision_tower.vision_model", (EYE_SIDE // 14) ** 2 + 1
+    shapes |= {f"{tower}.embeddings.class_embedding": (eye,)}
+    shapes |= {f"{tower}.embeddings.patch_embedding.weight": (eye, 3, 14, 14)}
+    shapes |= {f"{tower}.embeddings.position_embedding.weight": (places, eye)}
+    norms = [f"{tower}.pre_layrnorm", f"{tower}.post_layernorm"]
+    for n in range(EYE_LAYERS):
+        layer = f"{tower}.encoder.layers.{n}"
+        norms += [f"{layer}.layer_norm1", f"{layer}.layer_norm2"]
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {f"{layer}.self_attn.{name}.weight": (eye, eye), f"{layer}.self_attn.{name}.bias": (eye,)}
+        shapes |= {f"{layer}.mlp.fc1.weight": (4 * eye, eye), f"{layer}.mlp.fc1.bias": (4 * eye,)}
+        shapes |= {f"{layer}.mlp.fc2.weight": (eye, 4 * eye), f"{layer}.mlp.fc2.bias": (eye,)}
+    return shapes | {f"{name}.{part}": (eye,) for name in norms for part in ("weight", "bias")}

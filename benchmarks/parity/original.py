@@ -5,7 +5,7 @@
 `image_reward`, `cyclereward`: the wheels' own networks, tokenizers and preprocessing. `hpsv2`: the wheel's network,
 preprocessing and tokenizer, in fp32 (the wheel autocasts on CUDA). `pickscore`: the recipe of its model card,
 transformers' CLIPModel and CLIPProcessor. `hpsv3`, reduced alone: the wheel's network, message and resizing, on
-transformers 4.45.2.
+transformers 4.45.2. `vqascore`, reduced alone: the wheel t2v_metrics' network, words and padding, in fp32.
 """
 
 from __future__ import annotations
@@ -19,13 +19,26 @@ import os
 import shutil
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Optional
 
 import inputs
 import torch
+from PIL import Image
 
-LIBRARIES = ("image-reward", "cyclereward", "hpsv2", "hpsv3", "transformers", "timm", "torch", "torchvision", "pillow")
+LIBRARIES = (
+    "image-reward",
+    "cyclereward",
+    "hpsv2",
+    "hpsv3",
+    "t2v-metrics",
+    "transformers",
+    "timm",
+    "torch",
+    "torchvision",
+    "pillow",
+)
 
 
 def weights(scorer: str, size: str) -> dict[str, torch.Tensor]:
@@ -38,7 +51,9 @@ def load(model: torch.nn.Module, scorer: str, size: str) -> None:
     state = weights(scorer, size)
     left = model.load_state_dict(state, strict=False)
     assert not left.unexpected_keys, left.unexpected_keys
-    assert all(name.endswith(("position_ids", "attn_mask")) for name in left.missing_keys), left.missing_keys
+    assert all(name.endswith(("position_ids", "attn_mask", "embed_tokens.weight")) for name in left.missing_keys), (
+        left.missing_keys
+    )
     model.eval()
 
 
@@ -193,6 +208,52 @@ def hpsv3(scorer: str, size: str):
     return score
 
 
+def vqascore(scorer: str, size: str):
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, T5Tokenizer
+
+    found = next(folder for folder in map(Path, sys.path) if (folder / "t2v_metrics").is_dir()) / "t2v_metrics"
+    for part in ("", ".models", ".models.vqascore_models", ".models.vqascore_models.clip_t5"):  # without their imports
+        package = types.ModuleType(f"t2v_metrics{part}")
+        package.__path__ = [str(found.parent / f"t2v_metrics{part}".replace(".", "/"))]
+        sys.modules[package.__name__] = package
+    module = importlib.import_module("t2v_metrics.models.vqascore_models.clip_t5.model")
+    constants = importlib.import_module("t2v_metrics.constants")
+    names = {"torch": torch, "Image": Image, **vars(constants)}
+    for file, wanted in (
+        ("mm_utils.py", ("expand2square", "t5_tokenizer_image_token")),
+        ("clip_t5_model.py", ("default_question_template", "default_answer_template", "format_question")),
+        ("clip_t5_model.py", ("format_answer",)),
+    ):
+        for name in wanted:
+            run(found / "models" / "vqascore_models" / file, name, names)
+    names |= {"VQAScoreModel": object, "HF_CACHE_DIR": "", "List": list, "CLIP_T5_MODELS": {}}
+    run(found / "models" / "vqascore_models" / "clip_t5_model.py", "CLIPT5Model", names)
+
+    eye = Path("openai-clip")
+    CLIPVisionModel(CLIPVisionConfig(**inputs.EYE_CONFIG)).save_pretrained(eye)
+    side = {"height": inputs.EYE_SIDE, "width": inputs.EYE_SIDE}
+    CLIPImageProcessor(size={"shortest_edge": inputs.EYE_SIDE}, crop_size=side).save_pretrained(eye)
+    judge = names["CLIPT5Model"].__new__(names["CLIPT5Model"])
+    judge.tokenizer = T5Tokenizer(str(inputs.HERE / "spiece.model"), extra_ids=100, model_max_length=2048)
+    assert len(judge.tokenizer) == inputs.T5_WORDS
+    network = module.CLIPT5ForConditionalGeneration(module.CLIPT5Config(**inputs.T5_CONFIG))
+    load(network, scorer, size)
+    network.resize_token_embeddings(len(judge.tokenizer))
+    judge.model, judge.device, judge.image_loader = network.eval(), "cpu", lambda image: image.convert("RGB")
+    judge.image_processor, judge.image_aspect_ratio = network.get_vision_tower().image_processor, "pad"
+    judge.conversational_style = "t5_chat"
+
+    def load_images(images):  # the original takes paths alone
+        mean = tuple(int(x * 255) for x in judge.image_processor.image_mean)
+        squares = [names["expand2square"](image.convert("RGB"), mean) for image in images]
+        return torch.stack(
+            [judge.image_processor.preprocess(s, return_tensors="pt")["pixel_values"][0] for s in squares]
+        )
+
+    judge.load_images = load_images
+    return lambda prompt, image: judge.forward([image], [prompt]).item()
+
+
 def run(file: Path, name: str, names: dict) -> None:
     """Define one class or constant of a file of the wheel, without the file's imports."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -202,7 +263,14 @@ def run(file: Path, name: str, names: dict) -> None:
             exec(compile(ast.Module([node], []), str(file), "exec"), names)
 
 
-SCORERS = {"hpsv3": hpsv3, "image_reward": blip, "cyclereward": blip, "hpsv2": hpsv2, "pickscore": pickscore}
+SCORERS = {
+    "hpsv3": hpsv3,
+    "vqascore": vqascore,
+    "image_reward": blip,
+    "cyclereward": blip,
+    "hpsv2": hpsv2,
+    "pickscore": pickscore,
+}
 
 
 def main(scorer: str, size: str, out: str) -> None:
@@ -217,7 +285,10 @@ def main(scorer: str, size: str, out: str) -> None:
             value, *std = value if isinstance(value, tuple) else (value,)
             cases.append({"picture": picture, "prompt": prompt, "score": value} | ({"std": std[0]} if std else {}))
         os.chdir(target.parent)
-    here = {found.metadata["Name"].lower(): found.version for found in reversed(list(metadata.distributions()))}
+    here = {
+        found.metadata["Name"].lower().replace("_", "-"): found.version
+        for found in reversed(list(metadata.distributions()))
+    }
     versions = {name: here[name] for name in LIBRARIES if name in here}
     facts = {"scorer": scorer, "size": size, "seed": inputs.SEED, "libraries": versions, "cases": cases}
     target.write_text(json.dumps(facts, indent=1) + "\n")

@@ -108,10 +108,26 @@ def _hpsv3(scorer: str, size: str, folder: Path) -> Scorer:
     return HPSv3(str(folder), str(folder), dtype="float32")
 
 
+def _vqascore(scorer: str, size: str, folder: Path) -> Scorer:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from t2i_align.rewards.vqascore import VQAScore
+
+    CLIPVisionModel(CLIPVisionConfig(**inputs.EYE_CONFIG)).save_pretrained(folder / "vision")
+    for part in ("weights", "words"):
+        (folder / part).mkdir()
+    (folder / "words" / "spiece.model").write_bytes((inputs.HERE / "spiece.model").read_bytes())
+    (folder / "words" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    (folder / "weights" / "config.json").write_text(json.dumps(inputs.T5_CONFIG))
+    _write(scorer, size, folder / "weights" / "model.safetensors")
+    return VQAScore("xxl", str(folder / "weights"), str(folder / "words"), str(folder / "vision"), "float32")
+
+
 MAKE: dict[str, Callable[[str, str, Path], Scorer]] = {
     "image_reward": _blip,
     "cyclereward": _blip,
     "hpsv3": _hpsv3,
+    "vqascore": _vqascore,
     "hpsv2": _hpsv2,
     "pickscore": _pickscore,
 }
