@@ -115,7 +115,9 @@ def test_guidance_is_off_in_the_loss():
 # Images as latents
 
 
-@pytest.mark.parametrize("name", ["toy", "sd", "sdxl-upcast", "kandinsky3", "sd3", "flux-dev", "flux2", "qwen-image", "sana"])
+@pytest.mark.parametrize(
+    "name", ["toy", "sd", "sdxl-upcast", "kandinsky3", "sd3", "flux-dev", "flux2", "qwen-image", "sana"]
+)
 def test_images_are_latents_for_every_kind_of_family(name):
     """Scaled, shifted, packed, standardised: what the decoder is given for the result is what the encoder said."""
     s = Subject(name)
