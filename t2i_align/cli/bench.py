@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from typer import Context, Option, Typer
+from typer import Argument, Context, Option, Typer
 
 bench = Typer(help="Benches on the playground: resumable cells, tables, pages.", rich_markup_mode=None)
 
@@ -62,3 +62,26 @@ def steering(
     for line in write_pages(out, results, spreads, docs):
         print(line)
     print(json.dumps({"cells": len(results), "page": str(out / "steering.html")}))
+
+
+@bench.command()
+def hacking(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folders of finished training runs.")],
+    gold: Annotated[str, Option(help="A scorer that the runs watched and did not train on.")] = "verifier",
+    out: Annotated[Path | None, Option(help="Picture of gold and proxy over sqrt(KL).")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How training runs over-optimise their reward: gold over sqrt(KL), fitted after Gao et al."""
+    import json
+
+    from t2i_align.bench.hacking import number, plot_runs, read_run
+    from t2i_align.cli.tables import print_table
+
+    found = [read_run(run, gold) for run in runs]
+    if out is not None:
+        plot_runs(found, out)
+    rows = [run.row() for run in found]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print_table([{k: v if isinstance(v, str) else number(v) for k, v in row.items()} for row in rows])
