@@ -121,3 +121,26 @@ def training(
         for line in write_pages(out, done, run.base(), docs):
             print(line)
     print(json.dumps({"cells": len(done), "page": str(out / "training.html") if done else None}))
+
+
+@bench.command()
+def hacking(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folders of finished training runs.")],
+    gold: Annotated[str, Option(help="A scorer that the runs watched and did not train on.")] = "verifier",
+    out: Annotated[Path | None, Option(help="Picture of gold and proxy over sqrt(KL).")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How training runs over-optimise their reward: gold over sqrt(KL), fitted after Gao et al."""
+    import json
+
+    from t2i_align.bench.hacking import number, plot_runs, read_run
+    from t2i_align.cli.tables import print_table
+
+    found = [read_run(run, gold) for run in runs]
+    if out is not None:
+        plot_runs(found, out)
+    rows = [run.row() for run in found]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print_table([{k: v if isinstance(v, str) else number(v) for k, v in row.items()} for row in rows])
