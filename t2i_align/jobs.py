@@ -13,8 +13,17 @@ from pydantic import Field
 from t2i_align.config import Settings
 from t2i_align.data.images import contact_sheet, open_image
 from t2i_align.devices import resolve_device
-from t2i_align.generation import generate_samples
-from t2i_align.pipelines import call_defaults, call_keywords, card_of, check_call, load_pipeline
+from t2i_align.errors import T2IError
+from t2i_align.generation import generate_samples, kernel_samples
+from t2i_align.pipelines import (
+    Driver,
+    call_defaults,
+    call_keywords,
+    card_of,
+    check_call,
+    load_kernel,
+    load_pipeline,
+)
 from t2i_align.pipelines.catalog import guidance_keyword, steps_note
 from t2i_align.pipelines.loading import default_dtype
 from t2i_align.pipelines.models import GUIDANCE, find_model
@@ -48,6 +57,8 @@ class GenerateJob(Settings):
     vae: str | None = None
     lora: tuple[tuple[str, float], ...] = ()
     quantize: str | None = None
+    kernel: str | None = Field(None, description="of the reverse steps; null: the pipeline's or the method's own")
+    shared_start: bool = Field(False, description="all images of a prompt start from one noise; with a kernel")
 
     def call(self) -> dict[str, Any]:
         """Keywords of the pipeline's `__call__`."""
@@ -123,6 +134,8 @@ def open_job(
         T2IError: a pipeline, a keyword or a folder that cannot serve.
     """
     job = job.resolved(place.type)
+    if job.kernel is not None and job.steps is None:
+        raise T2IError(f"Expected --steps with --kernel, since {job.pipeline} says nothing of its own steps.")
     for line in prompt_notes(job.pipeline, job.prompts):
         print(f"note: {line}", file=sys.stderr)
     call = job.call()
@@ -160,6 +173,7 @@ def run_generate(
 
     `options`: see `open_job`.
     """
+    kernel = None if job.kernel is None else load_kernel(job.kernel)
     place = resolve_device(device)
     job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     results = folder / "results.jsonl"
@@ -168,8 +182,14 @@ def run_generate(
     done = {(row["row"], row["particle"]) for row in rows}
     table = Prompts(job.prompts)
     jobs = [(row, p) for row in range(len(table)) for p in range(job.particles) if (row, p) not in done]
+    options = {"seed": job.seed, "batch_size": batch_size} | call
+    if kernel is None:
+        samples = generate_samples(pipe, table, jobs, **options)
+    else:
+        options |= {"steps": options.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
+        samples = kernel_samples(Driver(pipe), table, jobs, **options)
     with Progress(len(table) * job.particles, "generating", start=len(done)) as progress:
-        for sample in generate_samples(pipe, table, jobs, seed=job.seed, batch_size=batch_size, **call):
+        for sample in samples:
             name = image_name(sample.row, sample.particle)
             sample.image.save(folder / name)
             row = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +43,15 @@ class Tools:
     """What a method works with besides its weights; not a module, so that `fit` trains the policy alone."""
 
     driver: Driver
-    reward: Scorer
+    scorer: Scorer | None  # None where nothing is scored
     call: dict[str, Any] = field(default_factory=dict)  # keywords of the pipeline in training, such as guidance_scale
+
+    @property
+    def reward(self) -> Scorer:
+        """What is maximised. Raises TrainingError in a run without a reward."""
+        if self.scorer is None:
+            raise TrainingError("Expected a reward, by which the method scores its images, but the run has none.")
+        return self.scorer
 
 
 @dataclass(frozen=True)
@@ -178,10 +186,10 @@ class OnPolicy(Method):
         return self._step(traj.x[rows, row], row, traj.cond[picked]).q
 
     @torch.no_grad()
-    def reference_log_prob(self, traj: Trajectory) -> Tensor:
-        """Log-probs (B, N) in nats of the stored steps under the base model."""
+    def reference_log_prob(self, traj: Trajectory, context: AbstractContextManager[None] | None = None) -> Tensor:
+        """Log-probs (B, N) in nats of the stored steps under the base model, or in another context of the policy."""
         out = torch.zeros_like(traj.log_prob)
-        with self.policy.reference():
+        with context or self.policy.reference():
             for first in range(0, len(traj.x), self.settings.batch_size):
                 part = slice(first, min(first + self.settings.batch_size, len(traj.x)))
                 for row in self.rows(traj):

@@ -39,7 +39,6 @@ class SteerJob(GenerateJob):
     steer: str = Field("fk", description="a steering method")
     settings: dict[str, Any] = Field(default_factory=dict, description="its settings, all of them")
     rewards: str = Field(description="what it maximises")
-    kernel: str | None = Field(None, description="of the reverse steps; null: the method's own")
 
     def method(self) -> Steering:
         """The method with its settings."""

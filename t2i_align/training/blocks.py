@@ -135,7 +135,9 @@ class RunConfig(Settings):
     policy: PolicyBlock = PolicyBlock()
     method: dict[str, Any] = Field(description="use: a method; its settings beside that")
     prompts: PromptsBlock = PromptsBlock()
-    reward: str | dict[str, Any] = Field(description="what is maximised: an expression or a mapping of scorers")
+    reward: str | dict[str, Any] | None = Field(
+        None, description="what is maximised: an expression or a mapping of scorers; null with a person's choices"
+    )
     train: TrainConfig
     evaluate: EvaluateBlock = EvaluateBlock()
     log: LogBlock = LogBlock()
@@ -151,9 +153,21 @@ class RunConfig(Settings):
 
     @field_validator("reward")
     @classmethod
-    def _exists(cls, reward: str | dict[str, Any]) -> str | dict[str, Any]:
-        check_reward(reward)
+    def _exists(cls, reward: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if reward is not None:
+            check_reward(reward)
         return reward
+
+    @model_validator(mode="after")
+    def _learns(self) -> RunConfig:
+        if (self.reward is None) == (self.choices is None):
+            raise T2IError("Expected a reward, or method.choices with a person's choices in its place, and not both.")
+        return self
+
+    @property
+    def choices(self) -> str | None:
+        """The folder of a person's choices, in a run that learns from them."""
+        return self.method.get("choices")
 
     @property
     def folder(self) -> Path:

@@ -9,6 +9,7 @@ from t2i_align.runs import write_text
 
 if TYPE_CHECKING:
     from t2i_align.policy import Policy
+    from t2i_align.training.blocks import RunConfig
     from t2i_align.training.checkpoints import State
     from t2i_align.training.honest import Honest
 
@@ -23,12 +24,12 @@ tags:
 ---
 # {method} on {base}
 
-{what} of {base}, trained to raise `{reward}` by {method}: {steps} updates on {images} images.{kept}
+{what} of {base}, trained {aim} by {method}: {steps} updates on {images} images.{kept}
 
 ## Scores before and after
 
 {prompts} held-out prompts, {each} images each, the same noise before and after; means over prompts with 95 % intervals.
-Only the first scorer was trained on.
+{trained} was trained on.
 
 {table}
 
@@ -67,7 +68,8 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         method=config.method["use"],
         base=config.model.use,
         what=f"A LoRA of the {policy.component}" if lora else f"The {policy.component}",
-        reward=config.reward if isinstance(config.reward, str) else ", ".join(config.reward),
+        aim=aim(config),
+        trained="None of these scorers" if config.reward is None else "Only the first scorer",
         steps=state.step,
         images=state.step // watcher.method.updates * per_round,
         kept=how + averaged,
@@ -79,6 +81,13 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         code=snippet(result),
     )
     write_text(result.parent / "README.md", text)
+
+
+def aim(config: RunConfig) -> str:
+    """What a run learnt, for a sentence."""
+    if config.reward is None:
+        return f"on a person's choices in `{config.choices}`"
+    return f"to raise `{config.reward if isinstance(config.reward, str) else ', '.join(config.reward)}`"
 
 
 def snippet(result: Path) -> str:

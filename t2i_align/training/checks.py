@@ -12,15 +12,15 @@ from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
 from t2i_align.rewards import Scorer, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
-from t2i_align.training.blocks import TRAINED, RunConfig
+from t2i_align.training.blocks import TRAINED, PromptsBlock, RunConfig
 from t2i_align.training.distributed import World
-from t2i_align.training.prompts import make_pool
+from t2i_align.training.prompts import make_pool, training_pool
 
 
 def problems(config: RunConfig, world: World | None = None) -> list[str]:
     """One sentence for everything that would stop a run, none that fits."""
     world = world or World(count=int(os.environ.get("WORLD_SIZE", 1)))
-    checks: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_model, _prompts, _stop, _folder, _libraries)
+    checks: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_model, _prompts, _choices, _stop, _folder, _libraries)
     found: list[str] = []
     for check in checks:
         try:
@@ -65,8 +65,8 @@ def _find_targets(config: RunConfig) -> None:
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
-    pools = {"prompts": make_pool(config.prompts), "evaluate.prompts": make_pool(config.evaluate.prompts)}
-    scorers = [*leaf_classes(check_reward(config.reward))]
+    pools = {"prompts": training_pool(config), "evaluate.prompts": make_pool(config.evaluate.prompts)}
+    scorers = [] if config.reward is None else [*leaf_classes(check_reward(config.reward))]
     for name, pool in pools.items():
         watch = config.evaluate.watch or () if name == "evaluate.prompts" else ()
         needed = [*scorers, *(kind for spec in watch for kind in leaf_classes(check_reward(spec)))]
@@ -93,10 +93,45 @@ def leaf_classes(node: Node) -> Iterator[type[Scorer]]:
         yield from leaf_classes(member)
 
 
+def _choices(config: RunConfig) -> Iterator[str]:
+    """What of the run is not as it was when the images of a person's choices were drawn."""
+    if config.choices is None:
+        return
+    from t2i_align.choices import read_job
+    from t2i_align.pipelines import call_keywords
+
+    job, model, folder = read_job(config.choices), config.model, config.choices
+    if config.prompts != PromptsBlock(per_round=config.prompts.per_round):
+        yield f"prompts: expected per_round alone, since the prompts are those of {folder}"
+    here = call_keywords(model.use, job.steps, model.guidance, **model.call)
+    ours = {"model.use": _place(model.use), "model.vae": model.vae, "model.quantize": model.quantize} | here
+    theirs = {"model.use": _place(job.pipeline), "model.vae": job.vae, "model.quantize": job.quantize} | job.call()
+    if model.dtype is not None:
+        ours, theirs = ours | {"model.dtype": model.dtype}, theirs | {"model.dtype": job.dtype}
+    for name in dict.fromkeys([*theirs, *ours]):
+        if ours.get(name) != theirs.get(name):
+            yield f"{name}: {folder} was drawn with {theirs.get(name)}, but here it is {ours.get(name)}"
+    drawn = [(_place(path), weight) for path, weight in job.lora]
+    base = [(_place(path), weight) for path, weight in model.lora]
+    start = config.policy.start
+    if drawn != base and (start is None or drawn != [*base, (_place(start), 1.0)]):
+        last = job.lora[-1][0] if job.lora else "none"
+        yield (
+            f"policy.start: expected {last}, the LoRA that {folder} was drawn with, to go on from it; or model.lora "
+            "with it, to train a new one on top"
+        )
+
+
+def _place(name: str) -> str:
+    """A path in full; a name that is none as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def _stop(config: RunConfig) -> Iterator[str]:
     stop, watch = config.evaluate.stop, config.evaluate.watch
-    if stop is not None and watch is not None and stop.watch not in (TRAINED, *watch):
-        yield f"evaluate.stop.watch: expected one of {', '.join((TRAINED, *watch))} but got {stop.watch!r}"
+    known = (*((TRAINED,) if config.reward is not None else ()), *(watch or ()))
+    if stop is not None and watch is not None and stop.watch not in known:
+        yield f"evaluate.stop.watch: expected one of {', '.join(known) or 'evaluate.watch'} but got {stop.watch!r}"
 
 
 def _folder(config: RunConfig) -> Iterator[str]:

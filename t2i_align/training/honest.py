@@ -38,16 +38,17 @@ MEASURES = ("kl", "diversity", "vendi", "sharpness", "saturation")
 
 @dataclass
 class Judges:
-    """What images are judged by: the trained reward, scorers that are not trained on, an embedding."""
+    """What images are judged by: the trained reward, if there is one, scorers that are not trained on, an embedding."""
 
-    reward: Scorer
+    reward: Scorer | None
     watch: dict[str, Scorer]
     features: Extract | None
 
     @property
     def scorers(self) -> dict[str, Scorer]:
         """By their names in an evaluation; the trained one is `reward`."""
-        return {TRAINED: self.reward} | self.watch
+        trained = {} if self.reward is None else {TRAINED: self.reward}
+        return trained | self.watch
 
 
 @dataclass
