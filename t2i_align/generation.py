@@ -75,9 +75,13 @@ def generate_samples(
     *,
     seed: int,
     batch_size: int,
+    told: Prompts | None = None,
     **call: Any,
 ) -> Iterator[Sample]:
-    """Draw the images named by `jobs`, pairs (row of `prompts`, particle), in that order, batch by batch."""
+    """Draw the images named by `jobs`, pairs (row of `prompts`, particle), in that order, batch by batch.
+
+    `told`: what the pipeline reads instead, a row for each of `prompts`, which still name the noise.
+    """
     if batch_size < 1:
         raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
     check_call(pipe, call)
@@ -85,14 +89,14 @@ def generate_samples(
     negative = call.get("negative_prompt")
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
-        texts = [prompts[row] for row, _ in batch]
+        texts = [(told or prompts)[row] for row, _ in batch]
         # One generator per image is diffusers' own way to make an image independent of its batch mates.
         generators = [sample_generator(seed, prompts[row], repeats[row], particle) for row, particle in batch]
         if isinstance(negative, str):  # Qwen-Image takes a single text for a batch of one
             call["negative_prompt"] = [negative] * len(texts)
         images = pipe(texts, generator=generators, output_type="pil", **call).images
-        for (row, particle), text, image in zip(batch, texts, images, strict=True):
-            yield Sample(row, text, particle, image)
+        for (row, particle), image in zip(batch, images, strict=True):
+            yield Sample(row, prompts[row], particle, image)
 
 
 def sample_generator(seed: int, prompt: str, repeat: int, particle: int) -> torch.Generator:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from t2i_align.config import TrainConfig
 from t2i_align.errors import T2IError
@@ -25,26 +26,29 @@ from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
-    "ddpo": {"use": "ddpo", "group": 2, "min_count": 3, "minibatches": 2, "clip": 0.2},
+    "ddpo": {"use": "ddpo", "group": 2, "min_count": 3, "minibatches": 2, "clip": 0.2, "batch_size": 2},
     "grpo": {"use": "grpo", "spread": "global", "minibatches": 2, "epochs": 2, "beta": 0.1, "clip": 0.2},
     "d3po": {"use": "d3po", "group": 4, "pairs": "all", "clip": None, "batch_size": 8},
     "prdp": {"use": "prdp", "beta": 1.0, "eps": 0.2},
 }
 ROUND = ["0", "0.5", "1", "1.5"]
+RATE = 1e-4  # of the run in shards
 
 
 def reward(images, prompts):
     return (16 * (images[:, 0] - 0.5)).mean((1, 2)) + torch.tensor([0.3 * float(text) for text in prompts])
 
 
-def train(name, folder, world):
-    """Five updates or more on the toy."""
+def train(name, folder, world, shard=False, stop=None):
+    """Five updates or more on the toy; with `stop` first as many, then the rest by resuming."""
     pipe = toy_pipeline(size=2)
     found, settings = read_method({"group": 4, "steps": 3, "batch_size": 4} | METHODS[name])
-    method = found(settings, Policy.full(pipe), Tools(Driver(pipe), FunctionScorer(reward)))
+    method = found(settings, Policy.full(pipe, shard=shard), Tools(Driver(pipe), FunctionScorer(reward)))
     steps = 8 if method.updates == 4 else 6
-    config = TrainConfig(steps=steps, learning_rate=0.05, weight_decay=0.0, log_every=1, ema=0.9)
-    return fit(method, lambda number: Prompts.of(ROUND), config, folder, world=world)
+    config = TrainConfig(steps=stop or steps, learning_rate=0.05, weight_decay=0.0, log_every=1, ema=0.9)
+    fit(method, lambda number: Prompts.of(ROUND), config, folder, world=world, resume=stop is None)
+    if stop is not None:
+        train(name, folder, world, shard)
 
 
 def shard_fully(folder, world):
@@ -91,13 +95,34 @@ def whole_run(folder):
     assert (done.step, done.kept["step"]) == (6, 6)
 
 
+def sharded_run(folder, world):
+    """A run from its config on all weights of a small Stable Diffusion, in shards over the processes."""
+    from t2i_align.training.run import train as start
+    from tests.test_run import CONFIG
+
+    place = Path(folder)
+    torch.manual_seed(0)
+    pipe = FAMILIES["sd"]().pipe
+    changes = {"prompts.path": str(place / "prompts.txt"), "evaluate.prompts.path": str(place / "heldout.txt")}
+    changes |= {"method.beta": 0.1, "train.steps": 5, "train.ema": 0.9, "train.learning_rate": RATE}
+    changes |= {"policy.shard": world.count > 1, "method.batch_size": 4, "evaluate.images": 1}
+    changes |= {"evaluate.every": 5, "evaluate.stop": {"watch": "reward", "patience": 2}}
+    options = {"pipeline": pipe, "out": str(place / "sharded")}
+    start(CONFIG, minutes=0, **options, **changes)
+    torch.manual_seed(0)
+    done = start(CONFIG, resume=True, **options | {"pipeline": FAMILIES["sd"]().pipe}, **changes)
+    assert done.step == 5
+
+
 def work(folder):
     """What each of the processes does; all jobs in one, since starting takes longest."""
     world = World.join()
     for name in METHODS:
         train(name, Path(folder) / name, world)
+        train(name, Path(folder) / f"shards-{name}", world, shard=True, stop=4)
     shard_fully(folder, world)
     whole_run(folder)
+    sharded_run(folder, world)
     torch.distributed.destroy_process_group()
 
 
@@ -127,6 +152,7 @@ def both(tmp_path_factory):
             train(name, one / name, World())
         shard_fully(one, World())
         whole_run(one)
+        sharded_run(one, World())
         for process in started:
             _, complaint = process.communicate(timeout=240)
             assert process.returncode == 0, complaint.decode()[-3000:]
@@ -134,6 +160,20 @@ def both(tmp_path_factory):
         for process in started:
             process.kill()
     return one, two
+
+
+def same_weights(saved):
+    for part in ("weights", "average"):
+        for key, weight in saved[0][part].items():
+            assert weight.abs().sum() > 0.01  # it has moved
+            torch.testing.assert_close(weight, saved[1][part][key], rtol=0, atol=1e-6)
+
+
+def same_numbers(one, two):
+    for alone, together in zip(rows(one), rows(two), strict=True):
+        assert alone.keys() == together.keys()
+        for key in {"loss", "gradient_norm", "reward", "reward_spread", "ratio"} & alone.keys():
+            assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=1e-6)
 
 
 def rows(folder, name="metrics"):
@@ -145,15 +185,36 @@ def test_two_processes_train_like_one(both, name):
     one, two = (folder / name for folder in both)
     saved = [torch.load(max((f / "checkpoints").glob("*.pt")), weights_only=True) for f in (one, two)]
     assert saved[0]["step"] == saved[1]["step"] >= 5
+    same_weights(saved)
+    assert saved[0]["method"].keys() == saved[1]["method"].keys()
+    same_numbers(one, two)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_in_shards_train_like_one_process_and_resume(both, name):
+    folders = both[0] / name, both[1] / f"shards-{name}"
+    saved = [torch.load(max((f / "checkpoints").glob("*.pt")), weights_only=True) for f in folders]
+    assert saved[0]["step"] == saved[1]["step"] >= 5
+    same_weights(saved)
+    same_numbers(*folders)
+
+
+def test_a_run_in_shards_is_that_of_one_process(both):
+    one, two = (folder / "sharded" for folder in both)
+    saved = [torch.load(f / "checkpoints" / "step-00000005.pt", weights_only=True) for f in (one, two)]
     for part in ("weights", "average"):
         for key, weight in saved[0][part].items():
-            assert weight.abs().sum() > 0.01  # it has moved
             torch.testing.assert_close(weight, saved[1][part][key], rtol=0, atol=1e-6)
-    assert saved[0]["method"].keys() == saved[1]["method"].keys()
-    for alone, together in zip(rows(one), rows(two), strict=True):
-        assert alone.keys() == together.keys()
-        for key in {"loss", "gradient_norm", "reward", "reward_spread", "ratio"} & alone.keys():
-            assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=1e-6)
+    same_numbers(one, two)
+    for alone, together in zip(rows(one, "evaluations"), rows(two, "evaluations"), strict=True):
+        assert alone["step"] == together["step"]
+        assert alone["kl"] == pytest.approx(together["kl"], rel=1e-3, abs=1e-6)
+        assert alone["reward"] == pytest.approx(together["reward"], abs=1e-5)
+    assert rows(two, "evaluations")[-1]["kl"] > 0
+    assert json.loads((two / "model" / "policy.json").read_text())["network"] == "UNet2DConditionModel"
+    networks = [UNet2DConditionModel.from_pretrained(folder / "model", subfolder="unet") for folder in (one, two)]
+    for mine, theirs in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
 
 
 def test_prompt_statistics_are_those_of_all_processes(both):

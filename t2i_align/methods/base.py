@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer, Scores
 from t2i_align.rewards.compose import WeightedSum
-from t2i_align.rewards.pareto import non_dominated
 from t2i_align.training import Ctx, Method, TrainingError
 from t2i_align.trajectory import Trajectory
 
@@ -54,7 +54,7 @@ class Tools:
         return self.scorer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rollout:
     """Images of one round, group-major: trajectories of those that this process drew, scores of all processes'."""
 
@@ -63,6 +63,7 @@ class Rollout:
     group: int
     seed: int  # of their noise
     first: int = 0  # place of this process's images among all
+    serves: Tensor | None = None  # (B,) of all images, which of several rewards is the total; None: their sum
 
     def __len__(self) -> int:
         return len(self.traj.x)
@@ -70,6 +71,11 @@ class Rollout:
     def mine(self, values: Tensor) -> Tensor:
         """Of values (B, ...) of all images those of this process's."""
         return values[self.first : self.first + len(self)]
+
+    def alike(self) -> list[Tensor]:
+        """Indices of all processes' images, split by the reward that they serve: what statistics may be taken over."""
+        every = torch.arange(len(self.scores.total))
+        return [every] if self.serves is None else [every[self.serves == k] for k in self.serves.unique()]
 
     def old_mean(self, rows: slice, row: int, std: Tensor) -> Tensor:
         """Means of the steps that were taken: the stored latents less their keyed noise."""
@@ -103,6 +109,18 @@ class OnPolicy(Method):
         counts = {"images": len(total), "invalid": int(total.isnan().sum())}
         return {name: float(value) for name, value in seen.items()} | counts
 
+    def as_used(self, prompts: Prompts) -> Prompts:
+        """What a user of the result would write for these prompts."""
+        return prompts
+
+    @property
+    def usage(self) -> str:
+        """What a user of the result should know, for its card."""
+        return ""
+
+    def save(self, folder: Path) -> None:
+        """Write into the run's folder what is trained besides the policy."""
+
     def check_term(self) -> None:
         """Raises PolicyError where a loss term was yielded inside a context of the policy."""
         self.policy.refuse_open_context()
@@ -128,15 +146,20 @@ class OnPolicy(Method):
         return self.kernel
 
     @torch.no_grad()
-    def rollout(self, ctx: Ctx, prompts: Prompts) -> Rollout:
+    def rollout(self, ctx: Ctx, prompts: Prompts, told: Prompts | None = None) -> Rollout:
         """Draw and score `group` images per prompt with the current weights; of several processes each its share.
+
+        Args:
+            ctx: of the round.
+            prompts: of the round, which scorers read.
+            told: what the network reads in the place of this process's share of them.
 
         Raises:
             TrainingError: no reward is a number.
         """
         s, driver = self.settings, self.tools.driver
         mine = ctx.world.share(len(prompts))
-        cond = driver.encode(prompts[mine]).repeat(s.group)
+        cond = driver.encode(prompts[mine] if told is None else told).repeat(s.group)
         first = mine.start * s.group
         ids = list(range(first, first + len(cond)))
         seed = key(ctx.seed, "rollout", ctx.step)
@@ -145,7 +168,8 @@ class OnPolicy(Method):
         traj = driver.rollout(
             cond, s.steps, self.kernels(ctx), seed, batch_size=s.batch_size, ids=ids, start=x, **self.tools.call
         )
-        scores = gather(ctx, self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), cond.prompts))
+        images = driver.decode(traj.x[:, -1], s.batch_size)
+        scores = gather(ctx, self.tools.reward.scores(images, prompts[mine].repeat(s.group)))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
         return Rollout(traj, scores, s.group, seed, first)
@@ -162,17 +186,24 @@ class OnPolicy(Method):
         """The slices of this process's `count` samples that belong to this update.
 
         Slices are those of the rollout, so that ratios start at exactly 1. All processes' slices are dealt out
-        together, so that an update has the same images however many processes there are.
+        together, so that an update has the same images however many processes there are: of as many neighbours as there
+        are minibatches each one goes to another, so that processes have equally much to do.
         """
         s, world = self.settings, ctx.world
         mine = [slice(first, min(first + s.batch_size, count)) for first in range(0, count, s.batch_size)]
         every = len(mine) * world.count
-        order = torch.randperm(every, generator=ctx.round_generator("order", ctx.update // s.minibatches)).tolist()
-        dealt = order[ctx.update % s.minibatches :: s.minibatches]
-        if not dealt:
+        draws, sets = ctx.round_generator("order", ctx.update // s.minibatches), -(-every // s.minibatches)
+        order = torch.cat([torch.randperm(s.minibatches, generator=draws) for _ in range(sets)])[:every]
+        dealt = (order == ctx.update % s.minibatches).nonzero()[:, 0].tolist()
+        if every < s.minibatches:
             raise TrainingError(
                 f"Expected at least {s.minibatches} batches of {s.batch_size} samples in a round, one for each "
                 f"minibatch, but got {every}."
+            )
+        if self.policy.sharded and len(mine) % s.minibatches:
+            raise TrainingError(
+                f"Expected a number of batches in each process that the {s.minibatches} minibatches divide, since all "
+                f"must make the same passes through weights in shards, but got {len(mine)}."
             )
         return [mine[i - world.rank * len(mine)] for i in dealt if i // len(mine) == world.rank]
 
@@ -208,18 +239,12 @@ def gather(ctx: Ctx, scores: Scores) -> Scores:
     return Scores(total.where(total.isfinite(), torch.nan), parts)
 
 
-def survivors(scores: Scores, group: int) -> Tensor:
-    """Parrot's selection (arXiv 2401.05675): 1 for images that no other of their prompt dominates, else 0; (B,)."""
-    values = torch.stack(list(scores.parts.values()), 1)
-    return torch.cat([non_dominated(rows) for rows in values.split(group)]).float()
-
-
 def reward_weights(reward: Scorer) -> dict[str, float]:
     """The weights of a sum of scorers by part. Raises TrainingError for another kind of reward."""
     if not isinstance(reward, WeightedSum):
         raise TrainingError(f"Expected a sum of rewards such as 'a + 2 * b' but got {reward.name}.")
-    names = [name for scorer in reward.members for name in scorer.part_names()]
-    return dict(zip(names, reward.factors, strict=True))
+    terms = zip(reward.members, reward.factors, strict=True)
+    return {name: factor for scorer, factor in terms for name in scorer.part_names()}
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

@@ -112,14 +112,20 @@ class D3PO(OnPolicy):
         dealt = pairs[order][ctx.update % s.minibatches :: s.minibatches]
         here = dealt[:, 0] // len(data) == data.first // len(data)  # a prompt's images are all in one process
         mine, rows = dealt[here] - data.first, self.rows(data.traj)
+        counts = [True] * len(mine)
+        if self.policy.sharded:  # processes make as many passes as the one with the most pairs
+            idle = max(ctx.world.collect(len(mine))) - len(mine)
+            mine, counts = torch.cat([mine, torch.tensor([[0, 1]]).expand(idle, 2)]), counts + [False] * idle
+        size = max(1, s.batch_size // 2)
         for row in rows:
-            for part in mine.split(max(1, s.batch_size // 2)) if len(mine) else ():
-                both = part.T.flatten()  # winners, then losers
+            for first in range(0, len(mine), size):
+                both = mine[first : first + size].T.flatten()  # winners, then losers
+                count = torch.tensor(counts[first : first + size], device=data.traj.x.device)
                 q = self.step(data.traj, both, row)
                 log_prob = q.log_prob(data.traj.x[both, row + 1])
                 gap = self.gap(per_dim(log_prob - before[both, row], q))
-                loss = preference_loss(gap, s.beta).sum() / (len(dealt) * len(rows))
-                stats = {"gap": gap, "agreed": (gap > 0).float()}
+                loss = (preference_loss(gap, s.beta) * count).sum() / (len(dealt) * len(rows))
+                stats = {"gap": gap[count], "agreed": (gap[count] > 0).float()}
                 if self.replay is None:  # else the policy is not the one that drew the images
                     stats["log_ratio"] = per_dim(log_prob - data.traj.log_prob[both, row], q)
                 yield Term(loss, stats)

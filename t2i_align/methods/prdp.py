@@ -69,7 +69,8 @@ class PRDP(OnPolicy):
         pairs = unequal_pairs(rewards, data.group)
         share = len(pairs) / max(1.0, ctx.world.total(len(pairs)))
         residual = proximal(now[:, rows], old[:, rows], rewards, pairs, self.settings.beta, self.settings.eps)
-        alive = [(i, part) for i in range(len(rows)) for part in chunks if residual.slope[part, i].any()]
+        every = self.policy.sharded  # processes must make the same passes
+        alive = [(i, part) for i in range(len(rows)) for part in chunks if every or residual.slope[part, i].any()]
         for i, part in alive:
             moved = self.moved(data, part, rows[i])
             straight = (residual.slope[part, i] * (moved - moved.detach())).sum()  # 0, with the gradient of the loss

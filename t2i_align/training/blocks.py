@@ -49,12 +49,15 @@ class PolicyBlock(Settings):
     component: str | None = Field(None, description="which network of the pipeline; null: its denoiser")
     start: str | None = Field(None, description="LoRA to go on from, with its own rank, alpha and layers")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    shard: bool = Field(False, description="deal all weights out over the processes (FSDP2); with use: full")
 
     @model_validator(mode="after")
     def _fits(self) -> PolicyBlock:
         given = [name for name in ("rank", "alpha", "targets", "start") if getattr(self, name) is not None]
         if self.use == "full" and given:
             raise T2IError(f"Expected no {', '.join(given)} where all weights are trained: leave them out.")
+        if self.use == "lora" and self.shard:
+            raise T2IError("Expected use: full with shard, since a LoRA is small enough to be whole in every process.")
         if self.start is not None and len(given) > 1:
             raise T2IError("Expected rank, alpha and targets from start but they were given too: leave them out.")
         return self

@@ -43,7 +43,7 @@ tags:
 ```python
 {code}
 ```
-
+{usage}
 `config.yaml` has all settings, `evaluations.jsonl` every score, `environment.json` the versions.
 """
 
@@ -79,6 +79,7 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         measures=measure_table(watcher.rows[0], kept),
         step=kept["step"],
         code=snippet(result),
+        usage=f"\n{watcher.method.usage}\n" if watcher.method.usage else "",
     )
     write_text(result.parent / "README.md", text)
 

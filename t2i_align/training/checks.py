@@ -6,10 +6,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
+from t2i_align.methods.pareto import GradientSettings
 from t2i_align.rewards import Scorer, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
 from t2i_align.training.blocks import TRAINED, PromptsBlock, RunConfig
@@ -20,7 +22,8 @@ from t2i_align.training.prompts import make_pool, training_pool
 def problems(config: RunConfig, world: World | None = None) -> list[str]:
     """One sentence for everything that would stop a run, none that fits."""
     world = world or World(count=int(os.environ.get("WORLD_SIZE", 1)))
-    checks: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_model, _prompts, _choices, _stop, _folder, _libraries)
+    checks: list[Callable[[RunConfig], Iterator[str]]]
+    checks = [_model, _prompts, _choices, _pareto, _stop, _folder, _libraries]
     found: list[str] = []
     for check in checks:
         try:
@@ -122,6 +125,24 @@ def _choices(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _pareto(config: RunConfig) -> Iterator[str]:
+    """Selection among rewards that are one, and a language model that cannot be had."""
+    _, s = read_method(config.method)
+    if isinstance(s, GradientSettings) and s.select == "pareto" and config.reward is not None:
+        node = check_reward(config.reward)
+        if not isinstance(node, Sum) or len(node.terms) < 2:
+            yield "reward: expected a sum of two rewards or more, such as 'a + b', with method.select: pareto"
+    if isinstance(s, GradientSettings) and s.expand is not None:
+        from transformers import AutoConfig
+
+        if config.policy.shard:
+            yield "method.expand: expected none with policy.shard, which is for the pipeline's network alone"
+        try:
+            AutoConfig.from_pretrained(s.expand.use)
+        except (OSError, ValueError) as error:
+            yield f"method.expand.use: no language model {s.expand.use} ({' '.join(str(error).split()):.120})"
+
+
 def _place(name: str) -> str:
     """A path in full; a name that is none as it is."""
     return str(Path(name).resolve()) if Path(name).exists() else name
@@ -138,8 +159,12 @@ def _folder(config: RunConfig) -> Iterator[str]:
     there = next(path for path in (config.folder, *config.folder.absolute().parents) if path.exists())
     if not there.is_dir():
         yield f"out: expected a folder but {there} is a file"
-    elif not os.access(there, os.W_OK):
-        yield f"out: the folder {there} cannot be written"
+        return
+    try:
+        with TemporaryFile(dir=there):  # permissions alone say nothing of a disk that cannot be written, or to root
+            pass
+    except OSError as error:
+        yield f"out: the folder {there} cannot be written ({error.strerror})"
 
 
 def _libraries(config: RunConfig) -> Iterator[str]:
@@ -151,6 +176,19 @@ def _libraries(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {library} is not installed; `pip install 't2i-align[{name}]'`, or leave it out"
 
 
+def _shards(config: RunConfig, count: int, batches: int) -> Iterator[str]:
+    """What weights in shards need: several processes with equally much to do, and number types that they have."""
+    _, s = read_method(config.method)
+    if count == 1:
+        yield "policy.shard: expected several processes, as by `torchrun --nproc_per_node 2`, but there is one"
+    elif batches % s.minibatches:
+        yield f"method.minibatches: expected to divide the {batches} batches of a process but got {s.minibatches}"
+    if config.train.precision == "fp16":
+        yield "train.precision: expected bf16 or fp32 with policy.shard but got fp16"
+    if config.train.optimizer != "adamw":
+        yield f"train.optimizer: expected adamw with policy.shard but got {config.train.optimizer}"
+
+
 def _sizes(config: RunConfig, world: World) -> Iterator[str]:
     """Rounds, groups, batches, minibatches and processes that do not fit together."""
     _, s = read_method(config.method)
@@ -159,6 +197,8 @@ def _sizes(config: RunConfig, world: World) -> Iterator[str]:
         yield f"prompts.per_round: expected a multiple of the {count} processes but got {per_round}"
         return
     images = per_round // count * s.group
+    if config.policy.shard:
+        yield from _shards(config, count, images // s.batch_size)
     if s.batch_size % s.group and s.group % s.batch_size:
         yield f"method.batch_size: {s.batch_size} neither divides nor is a multiple of the group of {s.group} images"
     if images % s.batch_size:

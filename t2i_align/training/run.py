@@ -104,7 +104,7 @@ def train(
     finally:
         trackers.close()
     kept = watcher.best or watcher.rows[-1]
-    world.once(lambda: write_result(parts, state, watcher, kept))
+    world.once(lambda: write_result(parts, state, watcher, kept), state.sharded)
     return Trained(folder, state.step, kept)
 
 
@@ -159,7 +159,7 @@ def make_judges(config: RunConfig, device: torch.device) -> Judges:
 def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int) -> Policy:
     """The trained weights in the pipeline."""
     if block.use == "full":
-        return Policy.full(pipe, block.component, block.gradient_checkpointing)
+        return Policy.full(pipe, block.component, block.gradient_checkpointing, block.shard)
     return Policy.lora(
         pipe,
         block.rank,
@@ -182,4 +182,7 @@ def write_result(parts: Parts, state: State, watcher: Honest, kept: dict[str, An
         with state.averaged():
             policy.update_average(0.0)  # all of it
     policy.save(result, averaged=state.average is not None)
-    write_card(result, watcher, policy, state, kept)
+    with state.averaged():
+        parts.method.save(folder)
+    if watcher.world.first:
+        write_card(result, watcher, policy, state, kept)
