@@ -1,6 +1,7 @@
 """Parrot: tokens of rewards, selection by each, prompts that a language model expands and learns to."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_tokens_that_the_encoder_cannot_tell_apart_are_refused(monkeypatch):
 def test_what_is_written_is_drawn_by_its_probability_and_keyed(writer):
     expander = Expander(ExpandSettings(use=writer, tokens=1, rank=2))
     prompt = Prompts.of("0.1 red")
-    draws = [expander.expand(prompt, 0, step).columns["expansion"][0] for step in range(1500)]
+    draws = [expander.expand(prompt, 0, step).columns["expansion"][0] for step in range(300)]
     read = draws[0][0]
     counts = torch.bincount(torch.tensor([drawn[0] for _, drawn in draws]), minlength=10) / len(draws)
     with torch.no_grad():
@@ -130,27 +131,27 @@ def test_the_advantage_of_an_expansion_is_among_prompts_of_one_reward():
 
 
 def test_the_language_model_learns_to_write_what_is_rewarded(writer, tmp_path):
-    """The reward is 1 where the network was told `shiny`: its probability rises. The policy is not asked."""
+    """The reward is 1 where the network was told one of four words: their probability rises. No picture is looked at."""
     method = make("ddpo", expand={"use": writer, "tokens": 1, "rank": 4}, select="all", steps=1, group=1, batch_size=8)
-    before = method.expander
-    read = tuple(before.tokenizer("0.1")["input_ids"])
-    shiny = before.tokenizer("shiny")["input_ids"]
-    with torch.no_grad():
-        first = float(before.log_prob(read, tuple(shiny)).exp())
-    rollout = method.rollout
+    expander = method.expander
+    read, good = tuple(expander.tokenizer("0.1")["input_ids"]), WORDS[:4]
+
+    @torch.no_grad()
+    def chance():
+        return sum(float(expander.log_prob(read, tuple(expander.tokenizer(word)["input_ids"])).exp()) for word in good)
+
+    rollout, first = method.rollout, chance()
 
     def told(ctx, prompts, told):
         data = rollout(ctx, prompts, told)
-        data.scores = data.scores._replace(total=torch.tensor([float("shiny" in text) for text in told.text]))
-        return data
+        total = torch.tensor([float(any(word in text for word in good)) for text in told.text])
+        return replace(data, scores=data.scores._replace(total=total))
 
     method.rollout = told
-    config = TrainConfig(steps=12, learning_rate=0.05, weight_decay=0.0)
+    config = TrainConfig(steps=6, learning_rate=0.05, weight_decay=0.0)
     fit(method, lambda number: Prompts.of(["0.1"] * 8), config, tmp_path)
-    with torch.no_grad():
-        last = float(method.expander.log_prob(read, tuple(shiny)).exp())
-    print(f"shiny: {first:.3f} -> {last:.3f}")
-    assert last > first + 0.2
+    print(f"chance: {first:.3f} -> {chance():.3f}")
+    assert chance() > first + 0.2
 
 
 @pytest.fixture

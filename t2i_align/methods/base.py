@@ -54,7 +54,7 @@ class Tools:
         return self.scorer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rollout:
     """Images of one round, group-major: trajectories of those that this process drew, scores of all processes'."""
 

@@ -9,6 +9,7 @@ of prompts comes first, so start from a model that has had it. Drawn tokens are 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class Expander(nn.Module):
         if adapter is not None:
             self.model = PeftModel.from_pretrained(model, str(adapter))
         else:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it for GPT-2's layers
                 torch.manual_seed(key(seed, "expander"))
                 lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear")
                 self.model = get_peft_model(model, lora)
@@ -97,16 +99,15 @@ class Expander(nn.Module):
 
     def _write(self, read: list[int], name: tuple[int | str, ...] | None) -> list[int]:
         """Draw tokens until the end of the text or the limit; the likeliest ones where `name` is None."""
-        past, new, drawn = None, read, list[int]()
+        drawn: list[int] = []
         while len(drawn) < self.settings.tokens:
-            out = self.model(torch.tensor([new], device=self.device), past_key_values=past, use_cache=True)
-            past, scores = out.past_key_values, out.logits[0, -1].float().cpu() / self.settings.temperature
+            tokens = torch.tensor([[*read, *drawn]], device=self.device)
+            scores = self.model(tokens).logits[0, -1].float().cpu() / self.settings.temperature
             if name is not None:  # argmax of scores with Gumbel noise: a draw from their softmax
                 uniform = torch.rand(len(scores), generator=generator(*name, len(drawn)))
                 scores = scores - (-uniform.clamp(min=1e-20).log()).log()
-            new = [int(scores.argmax())]
-            drawn += new
-            if new[0] == self.tokenizer.eos_token_id:
+            drawn.append(int(scores.argmax()))
+            if drawn[-1] == self.tokenizer.eos_token_id:
                 break
         return drawn
 

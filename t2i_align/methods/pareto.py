@@ -15,6 +15,7 @@ by the sign that a reward has in the sum.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,10 +75,8 @@ class PolicyGradient(OnPolicy):
         if not self.served:
             return
         names = [self.token(k) for k in range(len(self.served))]
-        read = [
-            [leaf for leaf in tree_leaves(row) if isinstance(leaf, Tensor)]
-            for row in self.tools.driver.encode(Prompts.of(names)).encoded
-        ]
+        cond = self.tools.driver.encode(Prompts.of(names))
+        read = [[leaf for leaf in tree_leaves(cond.encoded[row]) if isinstance(leaf, Tensor)] for row in cond.rows]
         for first in range(len(names)):
             for second in range(first):
                 if all(torch.equal(a, b) for a, b in zip(read[first], read[second], strict=True)):
@@ -130,12 +129,12 @@ class PolicyGradient(OnPolicy):
         if self.expander is not None:
             told = self.expander.expand(told, ctx.seed, ctx.step, mine.start)
         data = self.rollout(ctx, prompts, told)
-        if self.served:
-            served = self.serving(ctx, len(prompts)).repeat_interleave(data.group)
-            values = signed_parts(self.tools.reward, data.scores)
-            own = values.gather(1, served[:, None].to(values.device))[:, 0]
-            data.scores, data.serves = data.scores._replace(total=own.where(own.isfinite(), torch.nan)), served
-        return data
+        if not self.served:
+            return data
+        served = self.serving(ctx, len(prompts)).repeat_interleave(data.group)
+        values = signed_parts(self.tools.reward, data.scores)
+        own = values.gather(1, served[:, None].to(values.device))[:, 0]
+        return replace(data, scores=data.scores._replace(total=own.where(own.isfinite(), torch.nan)), serves=served)
 
     def selected(self, data: Rollout, advantage: Tensor) -> Tensor:
         """Advantages (B,) with those of images that do not count set to zero."""
