@@ -131,7 +131,7 @@ def test_the_advantage_of_an_expansion_is_among_prompts_of_one_reward():
 
 
 def test_the_language_model_learns_to_write_what_is_rewarded(writer, tmp_path):
-    """The reward is 1 where the network was told one of four words: their probability rises. No picture is looked at."""
+    """The reward is 1 where the network was told one of four words, whatever its pictures: they become likelier."""
     method = make("ddpo", expand={"use": writer, "tokens": 1, "rank": 4}, select="all", steps=1, group=1, batch_size=8)
     expander = method.expander
     read, good = tuple(expander.tokenizer("0.1")["input_ids"]), WORDS[:4]
@@ -167,7 +167,13 @@ def test_a_run_with_tokens_and_expansion_leaves_all_of_it(here, writer):
     expand = {"use": writer, "tokens": 3, "rank": 2}
     changes = {"method.select": "pareto", "method.tokens": "<reward {k}>", "method.expand": expand, "reward": REWARD}
     changes |= {"policy": {"rank": 2}, "train.steps": 4, "method.steps": 2, "evaluate.images": 1, "evaluate.every": 4}
-    changes |= {"train.learning_rate": 0.01, "log.pictures": 2, "evaluate.watch": []}
+    changes |= {
+        "train.learning_rate": 0.01,
+        "log.pictures": 2,
+        "evaluate.watch": [],
+        "evaluate.steps": 1,
+        "evaluate.kl_images": 1,
+    }
     torch.manual_seed(0)
     pipe = FAMILIES["sd"]().pipe
     train(CONFIG, pipeline=pipe, out="whole", **changes)
