@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from t2i_align.config import nearest
+from t2i_align.config import find_class
 from t2i_align.rewards.build import Builder, check_node
 from t2i_align.rewards.expression import Node, RewardError, read_reward, split_rewards
 
@@ -73,20 +73,7 @@ def scorer_class(name: str) -> type[Scorer]:
     Raises:
         RewardError: no such scorer; the message has the nearest name and the list.
     """
-    known = name.lower().replace("-", "_")
-    target = name if ":" in name else SCORERS.get(known)
-    if target is None:
-        raise RewardError(f"Unknown scorer {name!r}.{nearest(known, SCORERS)} Available: {', '.join(SCORERS)}.")
-    from t2i_align.rewards.base import Scorer
-
-    module, _, attribute = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RewardError(f"Cannot import the scorer {target!r}: {error}.") from error
-    if not (isinstance(found, type) and issubclass(found, Scorer)):
-        raise RewardError(f"Expected {target!r} to be a subclass of t2i_align.rewards.Scorer but got {found!r}.")
-    return found
+    return find_class(name, SCORERS, "scorer", "t2i_align.rewards.base:Scorer", RewardError)
 
 
 def check_reward(spec: str | Mapping[str, Any]) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,37 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any] | None, ove
         origin = f" in {source}" if isinstance(source, (str, Path)) else ""
         raise ConfigError(f"The config{origin} has {_count(problems)}: " + "; ".join(problems) + ".")
     return made
+
+
+def find_class(name: str, table: Mapping[str, str], what: str, base: str, error: type[T2IError] = T2IError) -> Any:
+    """The class behind a name of a table, or behind `package.module:Class`.
+
+    Args:
+        name: a key of `table` (a hyphen is as good as an underscore), or a class of one's own.
+        table: names -> `package.module:Class`.
+        what: kind of thing, for messages: `scorer`.
+        base: `package.module:Class` that it must be a subclass of; imported once the name is known.
+        error: raised for what is no such class.
+
+    Raises:
+        T2IError: (as `error`) no such name, with the nearest one and the list; or not a class of that kind.
+    """
+    known = name.lower().replace("-", "_")
+    target = name if ":" in name else table.get(known)
+    if target is None:
+        raise error(f"Unknown {what} {name!r}.{nearest(known, table)} Available: {', '.join(table)}.")
+    try:
+        found = _import(target)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise error(f"Cannot import the {what} {target!r}: {problem}.") from problem
+    if not (isinstance(found, type) and issubclass(found, _import(base))):
+        raise error(f"Expected {target!r} to be a subclass of {base.replace(':', '.')} but got {found!r}.")
+    return found
+
+
+def _import(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def parse_yaml(text: str) -> Any:

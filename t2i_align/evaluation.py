@@ -142,13 +142,24 @@ def evaluate(
 
 
 def draw(
-    pipe: DiffusionPipeline, prompts: Prompts, images: int, seed: int, batch_size: int, label: str, **call: Any
+    pipe: DiffusionPipeline,
+    prompts: Prompts,
+    images: int,
+    seed: int,
+    batch_size: int,
+    label: str,
+    shown: bool = True,
+    told: Prompts | None = None,
+    **call: Any,
 ) -> list[Image.Image]:
-    """`images` pictures of each prompt, group-major, by the pipeline's own sampler."""
+    """`images` pictures of each prompt, group-major, by the pipeline's own sampler.
+
+    `shown`: see `Progress`; `told`: see `generate_samples`.
+    """
     jobs = [(row, number) for row in range(len(prompts)) for number in range(images)]
     made = []
-    with Progress(len(jobs), label) as progress:
-        for sample in generate_samples(pipe, prompts, jobs, seed=seed, batch_size=batch_size, **call):
+    with Progress(len(jobs), label, shown=shown) as progress:
+        for sample in generate_samples(pipe, prompts, jobs, seed=seed, batch_size=batch_size, told=told, **call):
             made.append(sample.image)
             progress.advance()
     return made

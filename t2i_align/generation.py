@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from PIL import Image
 
+from t2i_align.data.images import tensor_to_pil
 from t2i_align.errors import T2IError
-from t2i_align.keys import generator
+from t2i_align.keys import generator, key
 from t2i_align.pipelines import call_keywords, check_call, load_pipeline
 from t2i_align.prompts import Prompts, occurrences
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from t2i_align.pipelines import Driver, Kernel
+    from t2i_align.trajectory import Trajectory
 
 
 class Sample(NamedTuple):
@@ -71,9 +75,13 @@ def generate_samples(
     *,
     seed: int,
     batch_size: int,
+    told: Prompts | None = None,
     **call: Any,
 ) -> Iterator[Sample]:
-    """Draw the images named by `jobs`, pairs (row of `prompts`, particle), in that order, batch by batch."""
+    """Draw the images named by `jobs`, pairs (row of `prompts`, particle), in that order, batch by batch.
+
+    `told`: what the pipeline reads instead, a row for each of `prompts`, which still name the noise.
+    """
     if batch_size < 1:
         raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
     check_call(pipe, call)
@@ -81,16 +89,62 @@ def generate_samples(
     negative = call.get("negative_prompt")
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
-        texts = [prompts[row] for row, _ in batch]
+        texts = [(told or prompts)[row] for row, _ in batch]
         # One generator per image is diffusers' own way to make an image independent of its batch mates.
         generators = [sample_generator(seed, prompts[row], repeats[row], particle) for row, particle in batch]
         if isinstance(negative, str):  # Qwen-Image takes a single text for a batch of one
             call["negative_prompt"] = [negative] * len(texts)
         images = pipe(texts, generator=generators, output_type="pil", **call).images
-        for (row, particle), text, image in zip(batch, texts, images, strict=True):
-            yield Sample(row, text, particle, image)
+        for (row, particle), image in zip(batch, images, strict=True):
+            yield Sample(row, prompts[row], particle, image)
 
 
 def sample_generator(seed: int, prompt: str, repeat: int, particle: int) -> torch.Generator:
     """The random stream of one image; `repeat` counts equal prompts of one table."""
     return generator(seed, "sample", prompt, repeat, particle)
+
+
+def kernel_samples(
+    driver: Driver, prompts: Prompts, jobs: Sequence[tuple[int, int]], *, batch_size: int, **options: Any
+) -> Iterator[Sample]:
+    """As `generate_samples`, by a kernel: the last latents of `chains`, whose options these are, as pictures."""
+    if batch_size < 1:
+        raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        images = driver.decode(chains(driver, prompts, batch, batch_size=batch_size, **options).x[:, -1])
+        for (row, particle), image in zip(batch, images, strict=True):
+            yield Sample(row, prompts[row], particle, tensor_to_pil(image))
+
+
+def chains(
+    driver: Driver,
+    prompts: Prompts,
+    jobs: Sequence[tuple[int, int]],
+    *,
+    steps: int,
+    kernel: Kernel,
+    seed: int,
+    shared_start: bool = False,
+    batch_size: int = 16,
+    **call: Any,
+) -> Trajectory:
+    """The denoising chains of images: functions of the weights, `seed`, prompt and number alone.
+
+    Args:
+        driver: of the pipeline.
+        prompts: the whole table, since equal prompts in it get different images.
+        jobs: pairs (row of `prompts`, particle).
+        steps: denoising steps.
+        kernel: of the steps.
+        seed: any int.
+        shared_start: all images of a prompt start from the noise of its particle 0.
+        batch_size: images that go through the network together.
+        call: keywords of the pipeline's `__call__`.
+    """
+    repeats = occurrences(prompts)
+    ids = [key(prompts[row], repeats[row], particle) for row, particle in jobs]
+    starts = [key(prompts[row], repeats[row], 0) for row, _ in jobs] if shared_start else ids
+    cond = driver.encode(prompts[[row for row, _ in jobs]])
+    x = driver.start(cond, steps, seed, starts, batch_size, **call)
+    return driver.rollout(cond, steps, kernel, seed, batch_size=batch_size, ids=ids, start=x, **call)

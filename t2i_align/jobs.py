@@ -6,15 +6,24 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
 from t2i_align.config import Settings
 from t2i_align.data.images import contact_sheet, open_image
 from t2i_align.devices import resolve_device
-from t2i_align.generation import generate_samples
-from t2i_align.pipelines import call_defaults, call_keywords, card_of, check_call, load_pipeline
+from t2i_align.errors import T2IError
+from t2i_align.generation import generate_samples, kernel_samples
+from t2i_align.pipelines import (
+    Driver,
+    call_defaults,
+    call_keywords,
+    card_of,
+    check_call,
+    load_kernel,
+    load_pipeline,
+)
 from t2i_align.pipelines.catalog import guidance_keyword, steps_note
 from t2i_align.pipelines.loading import default_dtype
 from t2i_align.pipelines.models import GUIDANCE, find_model
@@ -24,6 +33,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 J = TypeVar("J", bound="GenerateJob")
@@ -47,6 +57,8 @@ class GenerateJob(Settings):
     vae: str | None = None
     lora: tuple[tuple[str, float], ...] = ()
     quantize: str | None = None
+    kernel: str | None = Field(None, description="of the reverse steps; null: the pipeline's or the method's own")
+    shared_start: bool = Field(False, description="all images of a prompt start from one noise; with a kernel")
 
     def call(self) -> dict[str, Any]:
         """Keywords of the pipeline's `__call__`."""
@@ -102,6 +114,51 @@ def prompt_notes(pipeline: str | Path, prompts: Sequence[str]) -> Iterator[str]:
             yield f"{pipeline} was trained on playground captions alone. {error}"
 
 
+class Opened(NamedTuple):
+    """A job that is ready: with what suits the pipeline filled in, the pipeline, its keywords, the output folder."""
+
+    job: Any
+    pipe: DiffusionPipeline
+    call: dict[str, Any]
+    folder: Path
+
+
+def open_job(
+    job: GenerateJob, out: Path, place: torch.device, *, resume: bool, overwrite: bool, **options: Any
+) -> Opened:
+    """Open what a job needs and say how it will call its pipeline; the folder is made last.
+
+    `options` are those of `load_pipeline` that the job does not name: `offload`, `attention`, ...
+
+    Raises:
+        T2IError: a pipeline, a keyword or a folder that cannot serve.
+    """
+    job = job.resolved(place.type)
+    if job.kernel is not None and job.steps is None:
+        raise T2IError(f"Expected --steps with --kernel, since {job.pipeline} says nothing of its own steps.")
+    for line in prompt_notes(job.pipeline, job.prompts):
+        print(f"note: {line}", file=sys.stderr)
+    call = job.call()
+    pipe = job.open(device=place, **options)
+    check_call(pipe, call)
+    folder = open_folder(out, job, resume=resume, overwrite=overwrite)
+    for line in call_notes(job, pipe):
+        print(f"note: {line}", file=sys.stderr)
+    (folder / "images").mkdir(exist_ok=True)
+    return Opened(job, pipe, call, folder)
+
+
+def image_name(row: int, particle: int) -> str:
+    """The file of an image within the folder of a job."""
+    return f"images/{row:05d}-{particle:03d}.png"
+
+
+def write_sheet(path: Path, images: Sequence[Path], columns: int, labels: Sequence[str] = ()) -> None:
+    """Lay image files out as a contact sheet, small ones enlarged."""
+    shown = [open_image(image) for image in images]
+    contact_sheet(shown, columns, labels=labels, zoom=max(1, 128 // shown[0].width)).save(path)
+
+
 def run_generate(
     job: GenerateJob,
     out: Path,
@@ -114,28 +171,26 @@ def run_generate(
 ) -> list[dict[str, Any]]:
     """Write `images/ROW-PARTICLE.png`, `results.jsonl` and `contact_sheet.png`; return the result rows.
 
-    `options` are those of `load_pipeline` that the job does not name: `offload`, `attention`, ...
+    `options`: see `open_job`.
     """
+    kernel = None if job.kernel is None else load_kernel(job.kernel)
     place = resolve_device(device)
-    job = job.resolved(place.type)
-    for line in prompt_notes(job.pipeline, job.prompts):
-        print(f"note: {line}", file=sys.stderr)
-    call = job.call()
-    pipe = job.open(device=place, **options)
-    check_call(pipe, call)
-    folder = open_folder(out, job, resume=resume, overwrite=overwrite)
-    for line in call_notes(job, pipe):
-        print(f"note: {line}", file=sys.stderr)
-    (folder / "images").mkdir(exist_ok=True)
+    job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     results = folder / "results.jsonl"
     rows = [row for row in read_jsonl(results) if (folder / row["image"]).is_file()]
     write_jsonl(results, rows)  # without rows whose images are gone
     done = {(row["row"], row["particle"]) for row in rows}
     table = Prompts(job.prompts)
     jobs = [(row, p) for row in range(len(table)) for p in range(job.particles) if (row, p) not in done]
+    options = {"seed": job.seed, "batch_size": batch_size} | call
+    if kernel is None:
+        samples = generate_samples(pipe, table, jobs, **options)
+    else:
+        options |= {"steps": options.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
+        samples = kernel_samples(Driver(pipe), table, jobs, **options)
     with Progress(len(table) * job.particles, "generating", start=len(done)) as progress:
-        for sample in generate_samples(pipe, table, jobs, seed=job.seed, batch_size=batch_size, **call):
-            name = f"images/{sample.row:05d}-{sample.particle:03d}.png"
+        for sample in samples:
+            name = image_name(sample.row, sample.particle)
             sample.image.save(folder / name)
             row = {
                 "image": name,
@@ -148,7 +203,6 @@ def run_generate(
             rows.append(row)
             progress.advance()
     rows.sort(key=lambda row: (row["row"], row["particle"]))
-    shown = [open_image(folder / row["image"]) for row in rows[: SHEET_ROWS * job.particles]]
-    sheet = contact_sheet(shown, job.particles, labels=job.prompts, zoom=max(1, 128 // shown[0].width))
-    sheet.save(folder / "contact_sheet.png")
+    shown = [folder / row["image"] for row in rows[: SHEET_ROWS * job.particles]]
+    write_sheet(folder / "contact_sheet.png", shown, job.particles, job.prompts)
     return rows

@@ -13,12 +13,13 @@ from PIL import Image
 
 from t2i_align.config import TrainConfig
 from t2i_align.errors import T2IError
-from t2i_align.methods import read_method
+from t2i_align.methods import method_class, read_method
 from t2i_align.methods.base import Tools
 from t2i_align.pipelines.driver import Driver
 from t2i_align.pipelines.kernels import ddim
-from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.pipelines.toy import ToyDenoiser, toy_pipeline
 from t2i_align.policy import Policy
+from t2i_align.policy.sharded import shard
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer
 from t2i_align.training import World, fit
@@ -26,7 +27,7 @@ from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
-    "ddpo": {"use": "ddpo", "group": 2, "min_count": 3, "minibatches": 2, "clip": 0.2},
+    "ddpo": {"use": "ddpo", "group": 2, "min_count": 3, "minibatches": 2, "clip": 0.2, "batch_size": 2},
     "grpo": {"use": "grpo", "spread": "global", "minibatches": 2, "epochs": 2, "beta": 0.1, "clip": 0.2},
     "d3po": {"use": "d3po", "group": 4, "pairs": "all", "clip": None, "batch_size": 8},
     "prdp": {"use": "prdp", "beta": 1.0, "eps": 0.2},
@@ -40,6 +41,7 @@ METHODS = {
     "nft": {"use": "nft", "slope": 0.2, "minibatches": 2},
     "rwr": {"use": "rwr", "levels": 2, "times": "grid", "images": "base", "solver": "ode"},
 }
+SHARDABLE = [name for name, block in METHODS.items() if method_class(block["use"]).shardable]
 ROUND = ["0", "0.5", "1", "1.5"]
 
 
@@ -57,11 +59,11 @@ def reward(images, prompts):
     return (16 * (images[:, 0] - 0.5)).mean((1, 2)) + torch.tensor([0.3 * float(text) for text in prompts])
 
 
-def train(name, folder, world, stop=None, resume=False):
+def train(name, folder, world, sharded=False, stop=None, resume=False):
     """Five updates or more on the toy; Ctrl-C before the round `stop`."""
     pipe = toy_pipeline(size=2)
     found, settings = read_method({"group": 4, "steps": 3, "batch_size": 4} | METHODS[name])
-    method = found(settings, Policy.full(pipe), Tools(Driver(pipe), Reward()))
+    method = found(settings, Policy.full(pipe, shard=sharded), Tools(Driver(pipe), Reward()))
     steps = 8 if method.updates == 4 else 6
     every = {"checkpoint_every": 2, "log_every": 1}
     config = TrainConfig(steps=steps, learning_rate=0.05, weight_decay=0.0, ema=0.9, **every)
@@ -74,6 +76,13 @@ def train(name, folder, world, stop=None, resume=False):
         return Prompts(tuple(ROUND), columns)
 
     return fit(method, data, config, folder, world=world, resume=resume)
+
+
+def train_in_parts(name, folder, world, sharded=False):
+    """The same, interrupted once and resumed."""
+    with pytest.raises(KeyboardInterrupt):
+        train(name, folder, world, sharded, stop=1)
+    train(name, folder, world, sharded, resume=True)
 
 
 def draw_pairs(folder):
@@ -92,12 +101,8 @@ def shard_fully(folder, world):
     x = driver.start(cond, 3, seed=1)
     if world.count > 1:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (world.count,))
-        for block in (*pipe.unet.down_blocks, *pipe.unet.up_blocks):
-            fully_shard(block, mesh=mesh)
-        fully_shard(pipe.unet, mesh=mesh)
+        shard(pipe.unet, init_device_mesh("cpu", (world.count,)))
     optimizer = torch.optim.SGD(pipe.unet.parameters(), lr=0.1)
     mine = world.share(2)
     losses = []
@@ -127,13 +132,31 @@ def whole_run(folder):
     assert (done.step, done.kept["step"]) == (6, 6)
 
 
+def sharded_run(folder, world):
+    """A run from its config on all weights in shards over the processes, stopped and resumed."""
+    from t2i_align.training.run import train as start
+    from tests.test_run import CONFIG
+
+    place = Path(folder)
+    changes = {"prompts.path": str(place / "prompts.txt"), "evaluate.prompts.path": str(place / "heldout.txt")}
+    changes |= {"method.beta": 0.1, "method.batch_size": 4, "train.ema": 0.9, "policy.shard": world.count > 1}
+    changes |= {"evaluate.stop": {"watch": "reward", "patience": 2}}
+    options = {"out": str(place / "sharded"), "resume": True} | changes
+    start(CONFIG, pipeline=toy_pipeline(size=8), minutes=0, **options)
+    done = start(CONFIG, pipeline=toy_pipeline(size=8), **options)
+    assert done.step == 6
+
+
 def work(folder):
     """What each of the processes does; all jobs in one, since starting takes longest."""
     world = World.join()
     for name in METHODS:
         train(name, Path(folder) / name, world)
+        if name in SHARDABLE:
+            train_in_parts(name, Path(folder) / f"shards-{name}", world, sharded=True)
     shard_fully(folder, world)
     whole_run(folder)
+    sharded_run(folder, world)
     torch.distributed.destroy_process_group()
 
 
@@ -164,6 +187,7 @@ def both(tmp_path_factory):
             train(name, one / name, World())
         shard_fully(one, World())
         whole_run(one)
+        sharded_run(one, World())
         for process in started:
             _, complaint = process.communicate(timeout=240)
             assert process.returncode == 0, complaint.decode()[-3000:]
@@ -171,6 +195,20 @@ def both(tmp_path_factory):
         for process in started:
             process.kill()
     return one, two
+
+
+def same_weights(saved):
+    for part in ("weights", "average"):
+        for key, weight in saved[0][part].items():
+            assert weight.abs().sum() > 0.01  # it has moved
+            torch.testing.assert_close(weight, saved[1][part][key], rtol=0, atol=1e-6)
+
+
+def same_numbers(one, two, rounding=1e-6):
+    for alone, together in zip(rows(one), rows(two), strict=True):
+        assert alone.keys() == together.keys()
+        for key in {"loss", "gradient_norm", "reward", "reward_spread", "ratio"} & alone.keys():
+            assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=rounding)
 
 
 def rows(folder, name="metrics"):
@@ -182,25 +220,16 @@ def test_two_processes_train_like_one(both, name):
     one, two = (folder / name for folder in both)
     saved = [torch.load(max((f / "checkpoints").glob("*.pt")), weights_only=True) for f in (one, two)]
     assert saved[0]["step"] == saved[1]["step"] >= 5
-    for part in ("weights", "average"):
-        for key, weight in saved[0][part].items():
-            assert weight.abs().sum() > 0.01  # it has moved
-            torch.testing.assert_close(weight, saved[1][part][key], rtol=0, atol=1e-6)
+    same_weights(saved)
     assert saved[0]["method"].keys() == saved[1]["method"].keys()
-    for alone, together in zip(rows(one), rows(two), strict=True):
-        assert alone.keys() == together.keys()
-        for key in {"loss", "gradient_norm", "reward", "reward_spread", "ratio"} & alone.keys():
-            # A value of standard deviation 1 that has taken Adam's steps, and whose mean is near 0.
-            rounding = 1e-5 if name == "vard" else 1e-6
-            assert alone[key] == pytest.approx(together[key], rel=2e-5, abs=rounding)
+    # A value of standard deviation 1 that has taken Adam's steps, and whose mean is near 0.
+    same_numbers(one, two, rounding=1e-5 if name == "vard" else 1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_resumes_bit_identically(both, name):
     one, _ = both
-    with pytest.raises(KeyboardInterrupt):
-        train(name, one / f"{name}-parts", World(), stop=1)
-    train(name, one / f"{name}-parts", World(), resume=True)
+    train_in_parts(name, one / f"{name}-parts", World())
     whole, parts = (
         torch.load(max((one / n / "checkpoints").glob("*.pt")), weights_only=True) for n in (name, f"{name}-parts")
     )
@@ -208,6 +237,31 @@ def test_every_method_resumes_bit_identically(both, name):
     for part in ("weights", "average"):
         for key, weight in whole[part].items():
             assert torch.equal(weight, parts[part][key])
+
+
+@pytest.mark.parametrize("name", SHARDABLE)
+def test_weights_in_shards_train_like_one_process_and_resume(both, name):
+    folders = both[0] / name, both[1] / f"shards-{name}"
+    saved = [torch.load(max((f / "checkpoints").glob("*.pt")), weights_only=True) for f in folders]
+    assert saved[0]["step"] == saved[1]["step"] >= 5
+    same_weights(saved)
+    same_numbers(*folders)
+
+
+def test_a_run_in_shards_is_that_of_one_process(both):
+    one, two = (folder / "sharded" for folder in both)
+    for name in ("step-00000006.pt", "best.pt"):
+        same_weights([torch.load(f / "checkpoints" / name, weights_only=True) for f in (one, two)])
+    same_numbers(one, two)
+    for alone, together in zip(rows(one, "evaluations"), rows(two, "evaluations"), strict=True):
+        assert alone["step"] == together["step"]
+        assert alone["kl"] == pytest.approx(together["kl"], rel=1e-4, abs=1e-6)
+        assert alone["reward"] == pytest.approx(together["reward"], abs=1e-6)
+    assert rows(two, "evaluations")[-1]["kl"] > 0
+    notes = [json.loads((folder / "model" / "policy.json").read_text()) for folder in (one, two)]
+    assert notes[0] == notes[1]
+    networks = [ToyDenoiser.from_pretrained(folder / "model", subfolder="denoiser") for folder in (one, two)]
+    torch.testing.assert_close(networks[0].shift, networks[1].shift, rtol=0, atol=1e-6)
 
 
 def test_prompt_statistics_are_those_of_all_processes(both):

@@ -78,6 +78,14 @@ class Telling(Red):
     name, columns = "telling", ("answer",)
 
 
+class Unfetched(Red):
+    name = "unfetched"
+
+    @classmethod
+    def missing(cls):
+        return "the weights of unfetched are not on this disk"
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -205,6 +213,14 @@ def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
         ({"prompts.path": None}, ["use: file with path"]),
         ({"reward": "tests.test_run:Telling"}, ["prompts: the scorer telling reads the columns answer"]),
         ({"out": "prompts.txt/run"}, ["prompts.txt is a file"]),
+        ({"out": "/proc/t2i-align/run"}, ["out: the folder /proc cannot be written"]),
+        ({"reward": "tests.test_run:Unfetched"}, ["the weights of unfetched are not on this disk"]),
+        ({"evaluate.watch": ["tests.test_run:Unfetched"]}, ["the weights of unfetched are not on this disk"]),
+        ({"reward": None}, ["Expected a reward"]),
+        ({"policy.shard": True}, ["policy.shard: expected several processes, as by `torchrun"]),
+        ({"policy": {"use": "lora", "shard": True}}, ["Expected use: full with shard"]),
+        ({"policy.shard": True, "train.precision": "fp16"}, ["train.precision: expected bf16 or fp32"]),
+        ({"policy": {"use": "lora", "start": "nothing"}}, ["policy.start: no such file or folder: nothing"]),
         ({"model.use": "tiny-sx"}, ["Did you mean 'tiny-sd'"]),
         ({"policy.use": "lora", "policy.targets": ["to_x"]}, ["ends in 'to_x'", "to_q"]),
         ({"policy.rank": 4}, ["Expected no rank where all weights are trained"]),

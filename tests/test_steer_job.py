@@ -38,7 +38,7 @@ def test_a_steered_folder(cli, prompts, tmp_path):
     )
     assert code == 0, err
     assert "12 images of 4 prompts" in said
-    assert "[4/4] a red circle: step 5, ESS" in err
+    assert "[4/4] a red circle: step 4, ESS" in err
     assert "best reward so far" in err
     rows = table(out)
     assert [(row["prompt"], row["particle"]) for row in rows] == [(text, k) for text in PROMPTS for k in range(3)]

@@ -38,11 +38,18 @@ def generate(
     ] = None,
     rewards: Annotated[str | None, Option(help='What --steer maximises: "2 * pickscore + image_reward".')] = None,
     kernel: Annotated[
-        str | None, Option(help="Of steered steps: ddim(1.0), flow_sde(0.7), ode. [default: the method's own]")
+        str | None,
+        Option(help="Of the reverse steps: ddim(1.0), flow_sde(0.7), ode. [default: the pipeline's or method's own]"),
     ] = None,
     decoder: Annotated[
         str | None, Option(help="Folder or hub id of a small autoencoder for rewards along the way: madebyollin/taesd.")
     ] = None,
+    choices: Annotated[
+        bool, Option("--choices", help="Write choices.json, to say which images are better and train on it by d3po.")
+    ] = False,
+    shared_start: Annotated[
+        bool, Option("--shared-start", help="All images of a prompt start from one noise; with --kernel.")
+    ] = False,
     save_pairs: Annotated[
         Path | None, Option(help="Folder for the best and worst image of each steered prompt, as preference pairs.")
     ] = None,
@@ -82,7 +89,8 @@ def generate(
     from t2i_align.pipelines.catalog import check_pipeline
     from t2i_align.prompts import read_prompts
 
-    check_steering(steer, rewards, settings or [], kernel, decoder, save_pairs)
+    check_steering(steer, rewards, settings or [], decoder, save_pairs)
+    check_kernel(steer, kernel, choices, shared_start)
     download = check_pipeline(pipeline, revision)
     table, loras = read_prompts(prompts), [read_lora(word) for word in lora or []]
     job: dict[str, Any] = {
@@ -99,6 +107,8 @@ def generate(
         "vae": vae,
         "lora": tuple(loras),
         "quantize": quantize,
+        "kernel": kernel,
+        "shared_start": shared_start,
     }
     run: dict[str, Any] = {
         "device": device,
@@ -114,13 +124,18 @@ def generate(
     if steer is None:
         from t2i_align.jobs import GenerateJob, run_generate
 
-        rows = run_generate(GenerateJob(**job, particles=particles or 8), out, batch_size=batch_size, **run)
+        plain = GenerateJob(**job, particles=particles or 8)
+        rows = run_generate(plain, out, batch_size=batch_size, **run)
         print(f"{len(rows)} images of {len(table)} prompts in {out}; open {out / 'contact_sheet.png'}")
+        if choices:
+            from t2i_align.choices import write_template
+
+            print(f"say which images are better in {write_template(out, plain)}, then train with method.choices={out}")
         return
     from t2i_align.steering.job import SteerJob, read_method, run_steer
 
     name, resolved = read_method(steer, settings or [], particles)
-    steered = SteerJob(**job, steer=name, settings=resolved, rewards=rewards or "", kernel=kernel, decoder=decoder)
+    steered = SteerJob(**job, steer=name, settings=resolved, rewards=rewards or "", decoder=decoder)
     rows = run_steer(steered, out, max_batch=batch_size, save_pairs=save_pairs, **run)
     best = [row["reward"] for row in rows if row["is_best"]]
     print(
@@ -132,27 +147,30 @@ def generate(
 
 
 def check_steering(
-    steer: str | None,
-    rewards: str | None,
-    settings: list[str],
-    kernel: str | None,
-    decoder: str | None,
-    save_pairs: Path | None,
+    steer: str | None, rewards: str | None, settings: list[str], decoder: str | None, save_pairs: Path | None
 ) -> None:
     """Refuse options of steering without it, and steering without a reward."""
     from t2i_align.errors import T2IError
 
     if steer is not None and not rewards:
         raise T2IError('Expected --rewards with --steer, such as --rewards "2 * pickscore + image_reward".')
-    given = {
-        "--rewards": rewards,
-        "--kernel": kernel,
-        "--decoder": decoder,
-        "--save-pairs": save_pairs,
-        " ".join(settings): settings,
-    }
+    given = {"--rewards": rewards, "--decoder": decoder, "--save-pairs": save_pairs, " ".join(settings): settings}
     if steer is None and (idle := [name for name, value in given.items() if value]):
         raise T2IError(f"Expected --steer METHOD with {', '.join(idle)}; `--steer fk` is a good first choice.")
+
+
+def check_kernel(steer: str | None, kernel: str | None, choices: bool, shared_start: bool) -> None:
+    """Refuse a kernel that is none, and options that need one of plain sampling."""
+    from t2i_align.errors import T2IError
+    from t2i_align.pipelines import load_kernel
+
+    noisy = kernel is not None and load_kernel(kernel).stochastic
+    wanting = [flag for flag, given in {"--choices": choices, "--shared-start": shared_start}.items() if given]
+    if wanting and (steer is not None or not noisy):
+        raise T2IError(
+            f'Expected {" and ".join(wanting)} with a stochastic --kernel such as "ddim(1.0)" (on flow-matching models '
+            '"flow_sde(0.7)") and without --steer: training needs chains of steps that have a log-prob.'
+        )
 
 
 def read_lora(word: str) -> tuple[str, float]:

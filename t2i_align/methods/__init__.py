@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from t2i_align.config import load_config, nearest
+from t2i_align.config import find_class, load_config
 from t2i_align.errors import T2IError
 
 if TYPE_CHECKING:
@@ -33,20 +32,7 @@ def method_class(name: str) -> type[OnPolicy]:
     Raises:
         T2IError: no such method; the message has the nearest name and the list.
     """
-    known = name.lower().replace("-", "_")
-    target = name if ":" in name else METHODS.get(known)
-    if target is None:
-        raise T2IError(f"Unknown method {name!r}.{nearest(known, METHODS)} Available: {', '.join(METHODS)}.")
-    from t2i_align.methods.base import OnPolicy
-
-    module, _, attribute = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise T2IError(f"Cannot import the method {target!r}: {error}.") from error
-    if not (isinstance(found, type) and issubclass(found, OnPolicy)):
-        raise T2IError(f"Expected {target!r} to be a subclass of t2i_align.methods.base.OnPolicy but got {found!r}.")
-    return found
+    return find_class(name, METHODS, "method", "t2i_align.methods.base:OnPolicy")
 
 
 def read_method(block: Mapping[str, Any]) -> tuple[type[OnPolicy], SamplingSettings]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +22,6 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards.base import Scorer, Scores
 from t2i_align.rewards.compose import WeightedSum
 from t2i_align.rewards.constraints import Limited
-from t2i_align.rewards.pareto import non_dominated
 from t2i_align.training import Ctx, Method, TrainingError
 from t2i_align.trajectory import Trajectory
 
@@ -50,8 +51,15 @@ class Tools:
     """What a method works with besides its weights; not a module, so that `fit` trains the policy alone."""
 
     driver: Driver
-    reward: Scorer
+    scorer: Scorer | None  # None where nothing is scored
     call: dict[str, Any] = field(default_factory=dict)  # keywords of the pipeline in training, such as guidance_scale
+
+    @property
+    def reward(self) -> Scorer:
+        """What is maximised. Raises TrainingError in a run without a reward."""
+        if self.scorer is None:
+            raise TrainingError("Expected a reward, by which the method scores its images, but the run has none.")
+        return self.scorer
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Rollout:
     seed: int  # of their noise
     first: int = 0  # place of this process's images among all
     discount: float = 0.0  # of uncertain rewards, see `trust`
+    serves: Tensor | None = None  # (B,) of all images, which of several rewards is the total; None: their sum
 
     def __len__(self) -> int:
         return len(self.traj.x)
@@ -86,6 +95,11 @@ class Rollout:
         """Of values (B, ...) of all images those of this process's."""
         return values[self.first : self.first + len(self)]
 
+    def alike(self) -> list[Tensor]:
+        """Indices of all processes' images, split by the reward that they serve: what statistics may be taken over."""
+        every = torch.arange(len(self.scores.total))
+        return [every] if self.serves is None else [every[self.serves == k] for k in self.serves.unique()]
+
     def old_mean(self, rows: slice, row: int, std: Tensor) -> Tensor:
         """Means of the steps that were taken: the stored latents less their keyed noise."""
         x = self.traj.x[rows, row + 1].float()
@@ -95,11 +109,13 @@ class Rollout:
 class OnPolicy(Method):
     """Base of methods that learn from images of the current model, or from given ones.
 
-    `needs_gradient`: gradients of the reward reach the weights, so that it must be differentiable.
+    `needs_gradient`: gradients of the reward reach the weights, so that it must be differentiable; `shardable`: its
+    updates make the same passes through the network in all processes, which weights in shards need.
     """
 
     settings: SamplingSettings
     needs_gradient: ClassVar[bool] = False
+    shardable: ClassVar[bool] = False
 
     def __init__(self, settings: SamplingSettings, policy: Policy, tools: Tools) -> None:
         super().__init__()
@@ -142,6 +158,18 @@ class OnPolicy(Method):
         counts = {"images": len(total), "invalid": int(total.isnan().sum())}
         return {name: float(value) for name, value in seen.items()} | counts
 
+    def as_used(self, prompts: Prompts) -> Prompts:
+        """What a user of the result would write for these prompts."""
+        return prompts
+
+    @property
+    def usage(self) -> str:
+        """What a user of the result should know, for its card."""
+        return ""
+
+    def save(self, folder: Path) -> None:
+        """Write into the run's folder what is trained besides the policy."""
+
     def check_term(self) -> None:
         """Raises PolicyError where a loss term was yielded inside a context of the policy."""
         self.policy.refuse_open_context()
@@ -172,22 +200,28 @@ class OnPolicy(Method):
         return self.kernel
 
     @torch.no_grad()
-    def rollout(self, ctx: Ctx, prompts: Prompts) -> Rollout:
+    def rollout(self, ctx: Ctx, prompts: Prompts, told: Prompts | None = None) -> Rollout:
         """Draw and score `group` images per prompt with the current weights; of several processes each its share.
 
         The multipliers of a reward under constraints move by these scores, for the next round.
+
+        Args:
+            ctx: of the round.
+            prompts: of the round, which scorers read.
+            told: what the network reads in the place of this process's share of them.
 
         Raises:
             TrainingError: no reward is a number, or none has the std that `discount` needs.
         """
         s, driver = self.settings, self.tools.driver
         mine = ctx.world.share(len(prompts))
-        cond = driver.encode(prompts[mine]).repeat(s.group)
+        cond = driver.encode(prompts[mine] if told is None else told).repeat(s.group)
         first = mine.start * s.group
         ids = list(range(first, first + len(cond)))
         seed = key(ctx.seed, "rollout", ctx.step)
         traj = self.draw(ctx, cond, seed, ids)
-        scores = gather(ctx, self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), cond.prompts))
+        images = driver.decode(traj.x[:, -1], s.batch_size)
+        scores = gather(ctx, self.tools.reward.scores(images, prompts[mine].repeat(s.group)))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
         if s.discount and scores.std is None:
@@ -218,17 +252,24 @@ class OnPolicy(Method):
         """The slices of this process's `count` samples that belong to this update.
 
         Slices are those of the rollout, so that ratios start at exactly 1. All processes' slices are dealt out
-        together, so that an update has the same images however many processes there are.
+        together, so that an update has the same images however many processes there are: of as many neighbours as there
+        are minibatches each one goes to another, so that processes have equally much to do.
         """
         s, world = self.settings, ctx.world
         mine = [slice(first, min(first + s.batch_size, count)) for first in range(0, count, s.batch_size)]
         every = len(mine) * world.count
-        order = torch.randperm(every, generator=ctx.round_generator("order", ctx.update // s.minibatches)).tolist()
-        dealt = order[ctx.update % s.minibatches :: s.minibatches]
-        if not dealt:
+        draws, sets = ctx.round_generator("order", ctx.update // s.minibatches), -(-every // s.minibatches)
+        order = torch.cat([torch.randperm(s.minibatches, generator=draws) for _ in range(sets)])[:every]
+        dealt = (order == ctx.update % s.minibatches).nonzero()[:, 0].tolist()
+        if every < s.minibatches:
             raise TrainingError(
                 f"Expected at least {s.minibatches} batches of {s.batch_size} samples in a round, one for each "
                 f"minibatch, but got {every}."
+            )
+        if self.policy.sharded and len(mine) % s.minibatches:
+            raise TrainingError(
+                f"Expected a number of batches in each process that the {s.minibatches} minibatches divide, since all "
+                f"must make the same passes through weights in shards, but got {len(mine)}."
             )
         return [mine[i - world.rank * len(mine)] for i in dealt if i // len(mine) == world.rank]
 
@@ -242,10 +283,10 @@ class OnPolicy(Method):
         return self._step(traj.x[rows, row], row, traj.cond[picked]).q
 
     @torch.no_grad()
-    def reference_log_prob(self, traj: Trajectory) -> Tensor:
-        """Log-probs (B, N) in nats of the stored steps under the base model."""
+    def reference_log_prob(self, traj: Trajectory, context: AbstractContextManager[None] | None = None) -> Tensor:
+        """Log-probs (B, N) in nats of the stored steps under the base model, or in another context of the policy."""
         out = torch.zeros_like(traj.log_prob)
-        with self.policy.reference():
+        with context or self.policy.reference():
             for first in range(0, len(traj.x), self.settings.batch_size):
                 part = slice(first, min(first + self.settings.batch_size, len(traj.x)))
                 for row in self.rows(traj):
@@ -265,18 +306,12 @@ def gather(ctx: Ctx, scores: Scores) -> Scores:
     return Scores(total.where(total.isfinite(), torch.nan), parts, std)
 
 
-def survivors(scores: Scores, group: int) -> Tensor:
-    """Parrot's selection (arXiv 2401.05675): 1 for images that no other of their prompt dominates, else 0; (B,)."""
-    values = torch.stack(list(scores.parts.values()), 1)
-    return torch.cat([non_dominated(rows) for rows in values.split(group)]).float()
-
-
 def reward_weights(reward: Scorer) -> dict[str, float]:
     """The weights of a sum of scorers by part. Raises TrainingError for another kind of reward."""
     if not isinstance(reward, WeightedSum):
         raise TrainingError(f"Expected a sum of rewards such as 'a + 2 * b' but got {reward.name}.")
-    names = [name for scorer in reward.members for name in scorer.part_names()]
-    return dict(zip(names, reward.factors, strict=True))
+    terms = zip(reward.members, reward.factors, strict=True)
+    return {name: factor for scorer, factor in terms for name in scorer.part_names()}
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

@@ -11,31 +11,30 @@ exactly 1 at the start.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from t2i_align.advantage import PromptTracker
-from t2i_align.methods.base import OnPolicy, Rollout, SamplingSettings, Tools, outside, surrogate, survivors
+from t2i_align.methods.base import Rollout, Tools, outside, surrogate
+from t2i_align.methods.pareto import PolicyGradient, PolicyGradientSettings
 from t2i_align.pipelines.kernels import per_dim
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.training import Ctx, Term
 
 
-class DDPOSettings(SamplingSettings):
+class DDPOSettings(PolicyGradientSettings):
     """Settings of DDPO."""
 
     group: int = Field(1, gt=0, description="images per prompt")
-    clip: float = Field(1e-4, gt=0, description="clip range of the ratio of per-dimension log-probs")
-    advantage_clip: float = Field(5.0, gt=0, description="largest absolute advantage")
     buffer: int = Field(16, gt=0, description="rewards remembered per prompt")
     min_count: int = Field(16, gt=0, description="rewards of a prompt before its own statistics are used")
-    select: Literal["all", "pareto"] = Field("all", description="`pareto` trains on the non-dominated images alone")
 
 
-class DDPO(OnPolicy):
+class DDPO(PolicyGradient):
     """Clipped policy gradient with per-prompt statistics over the run."""
 
     settings: DDPOSettings
@@ -55,12 +54,14 @@ class DDPO(OnPolicy):
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round and their advantages (B,)."""
-        data = self.rollout(ctx, prompts)
-        texts = list(prompts.repeat(data.group).text)
-        advantage = self.tracker.advantage(texts, data.scores.total.cpu(), clip=self.settings.advantage_clip)
-        if self.settings.select == "pareto":
-            advantage = advantage * survivors(data.scores, data.group).cpu()
-        return data, data.mine(advantage * data.trust.to(advantage))
+        data = self.images(ctx, prompts)
+        texts = list(self.labelled(ctx, prompts).repeat(data.group).text)
+        total = data.scores.total.cpu()
+        advantage = torch.zeros(len(total))
+        for rows in data.alike():
+            some = [texts[row] for row in rows.tolist()]
+            advantage[rows] = self.tracker.advantage(some, total[rows], clip=self.settings.advantage_clip)
+        return data, data.mine(self.selected(data, advantage) * data.trust.to(advantage))
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per trained step and batch of samples."""
@@ -73,3 +74,4 @@ class DDPO(OnPolicy):
                 ratio = per_dim(q.log_prob(traj.x[part, row + 1]) - traj.log_prob[part, row], q).exp()
                 loss = surrogate(ratio, advantages[part].to(ratio), s.clip)
                 yield Term(loss.sum() * share, {"ratio": ratio, "clipped": outside(ratio, s.clip)})
+        yield from self.expansion_terms(ctx, data)

@@ -16,41 +16,38 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from t2i_align.advantage import Spread, gdpo_advantage, group_advantage
-from t2i_align.methods.base import (
-    OnPolicy,
-    Rollout,
-    SamplingSettings,
-    outside,
-    reward_weights,
-    surrogate,
-    survivors,
-)
+from t2i_align.errors import T2IError
+from t2i_align.methods.base import Rollout, outside, reward_weights, surrogate
+from t2i_align.methods.pareto import PolicyGradient, PolicyGradientSettings
 from t2i_align.pipelines.kernels import Gaussian, Kernel, ode, per_dim
 from t2i_align.prompts import Prompts
 from t2i_align.training import Ctx, Term
 from t2i_align.trajectory import Trajectory
 
 
-class GRPOSettings(SamplingSettings):
+class GRPOSettings(PolicyGradientSettings):
     """Settings of GRPO."""
 
-    clip: float = Field(1e-4, gt=0, description="clip range of the ratio of per-dimension log-probs")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the base, in nats per dimension")
     kl_form: Literal["exact", "published"] = Field("exact", description="`published` leaves out the step length")
     spread: Spread = Field("group", description="standard deviation that advantages are divided by")
     ddof: int = Field(0, ge=0, le=1, description="its delta degrees of freedom")
-    advantage_clip: float = Field(5.0, gt=0, description="largest absolute advantage")
     combine: Literal["sum", "gdpo"] = Field("sum", description="`gdpo` normalises each reward before they are summed")
-    select: Literal["all", "pareto"] = Field("all", description="`pareto` trains on the non-dominated images alone")
     window: int | None = Field(None, gt=0, description="stochastic steps per round, a window that moves on; null: all")
     guard: bool = Field(False, description="GRPO-Guard's normalised ratio")
 
+    @model_validator(mode="after")
+    def _one_reward(self) -> GRPOSettings:
+        if self.combine == "gdpo" and self.tokens is not None:
+            raise T2IError("Expected combine: sum with tokens, with which an image serves one reward alone.")
+        return self
 
-class GRPO(OnPolicy):
+
+class GRPO(PolicyGradient):
     """Clipped policy gradient with group advantages."""
 
     settings: GRPOSettings
@@ -66,7 +63,7 @@ class GRPO(OnPolicy):
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round and their advantages (B,)."""
-        data = self.rollout(ctx, prompts)
+        data = self.images(ctx, prompts)
         return data, data.mine(self.advantage(data))
 
     def advantage(self, data: Rollout) -> Tensor:
@@ -75,10 +72,12 @@ class GRPO(OnPolicy):
         if s.combine == "gdpo":
             advantage = gdpo_advantage(scores.parts, reward_weights(self.tools.reward), data.group, s.advantage_clip)
         else:
-            advantage = group_advantage(scores.total, data.group, s.spread, s.ddof, clip=s.advantage_clip)
-        if s.select == "pareto":
-            advantage = advantage * survivors(scores, data.group)
-        return advantage * data.trust.to(advantage)
+            advantage = torch.zeros_like(scores.total)
+            for rows in data.alike():
+                rows = rows.to(advantage.device)
+                some = group_advantage(scores.total[rows], data.group, s.spread, s.ddof, clip=s.advantage_clip)
+                advantage[rows] = some
+        return self.selected(data, advantage) * data.trust.to(advantage)
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per trained step and batch of samples."""
@@ -96,6 +95,7 @@ class GRPO(OnPolicy):
                     kl = self.kl(traj, part, row, q)
                     loss, stats = loss + s.beta * kl, stats | {"kl": kl}
                 yield Term(loss.sum() * share, stats)
+        yield from self.expansion_terms(ctx, data)
 
     def kl(self, traj: Trajectory, part: slice, row: int, q: Gaussian) -> Tensor:
         """KL (B,) of this step to the base's, nats per dimension."""

@@ -13,7 +13,7 @@ implies; pairs without a difference are left out, and a batch of ties has loss 0
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -46,6 +46,7 @@ class PRDP(OnPolicy):
     """Reward-difference prediction."""
 
     settings: PRDPSettings
+    shardable: ClassVar[bool] = True
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round, and per-dimension log-ratios (B, N) of the old policy to the base."""
@@ -70,7 +71,8 @@ class PRDP(OnPolicy):
         share = len(pairs) / max(1.0, ctx.world.total(len(pairs)))
         trust = data.mine(data.trust)[pairs].prod(1)
         residual = proximal(now[:, rows], old[:, rows], rewards, pairs, self.settings.beta, self.settings.eps, trust)
-        alive = [(i, part) for i in range(len(rows)) for part in chunks if residual.slope[part, i].any()]
+        every = self.policy.sharded  # processes must make the same passes
+        alive = [(i, part) for i in range(len(rows)) for part in chunks if every or residual.slope[part, i].any()]
         for i, part in alive:
             moved = self.moved(data, part, rows[i])
             straight = (residual.slope[part, i] * (moved - moved.detach())).sum()  # 0, with the gradient of the loss

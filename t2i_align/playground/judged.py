@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def _judge(
     first = 0
     for style in styles:
         jobs = [(row, first + i) for row in range(len(prompts)) for i in range(style.pictures)]
-        call = {"num_inference_steps": style.steps, "guidance_scale": style.guidance}
+        call: dict[str, Any] = {"num_inference_steps": style.steps, "guidance_scale": style.guidance}
         with torch.autocast("cpu", torch.bfloat16):
             samples = list(generate_samples(pipe, Prompts(tuple(prompts)), jobs, seed=seed, batch_size=64, **call))
         for sample in samples:

@@ -29,6 +29,7 @@ from t2i_align.policy.existing import existing_lora
 from t2i_align.policy.full import FullWeights
 from t2i_align.policy.lora import adapter_names, find_targets, same_for_all
 from t2i_align.policy.path import PolicyError, switch_of
+from t2i_align.policy.sharded import ShardedWeights
 
 NEW = "policy"  # name of the trained adapter unless another is given
 
@@ -46,7 +47,11 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, component: str, weights: Adapters | FullWeights, gradient_checkpointing: bool
+        self,
+        pipe: DiffusionPipeline,
+        component: str,
+        weights: Adapters | FullWeights | ShardedWeights,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
         self.pipe, self.component, self.weights = pipe, component, weights
@@ -108,21 +113,26 @@ class Policy(nn.Module):
 
     @classmethod
     def full(
-        cls, pipe: DiffusionPipeline, component: str | None = None, gradient_checkpointing: bool = False
+        cls,
+        pipe: DiffusionPipeline,
+        component: str | None = None,
+        gradient_checkpointing: bool = False,
+        shard: bool = False,
     ) -> Policy:
         """Train all weights of a network, in its own number type.
 
         The starting weights are kept for `reference()`, which takes the memory of the network once more; an average
         takes it a third time. Contexts put other parameter objects into the modules, so that wrappers that own them
-        (FSDP) do not fit.
+        do not fit, but for FSDP2 by `shard`.
 
         Args:
             pipe: the pipeline.
             component: which of its networks; its denoiser if None.
             gradient_checkpointing: see `Policy`.
+            shard: deal the weights out over the processes (`ShardedWeights`).
 
         Raises:
-            PolicyError: a network that cannot be trained so (quantised, or with LoRA in it).
+            PolicyError: a network that cannot be trained so (quantised, or with LoRA in it), or shards of one process.
         """
         component, network = trainable_network(pipe, component, gradient_checkpointing)
         if adapter_names(network):
@@ -130,6 +140,8 @@ class Policy(nn.Module):
                 f"Expected a {component} without LoRA, since all its weights are trained and saved, but it has "
                 f"{', '.join(adapter_names(network))}: fuse it into the weights, or unload it."
             )
+        if shard:
+            return cls(pipe, component, ShardedWeights(pipe, component), gradient_checkpointing)
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         return cls(pipe, component, FullWeights(network, networks), gradient_checkpointing)
 
@@ -161,6 +173,11 @@ class Policy(nn.Module):
         if not isinstance(self.weights, Adapters):
             raise PolicyError("Expected a policy with LoRA adapters but all weights are trained.")
         return self.weights
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights lie in shards over several processes, which must then make the same passes."""
+        return isinstance(self.weights, ShardedWeights)
 
     def trainable(self) -> list[nn.Parameter]:
         """What is trained: the LoRA weights of the first adapter, or all weights."""
@@ -231,6 +248,8 @@ class Policy(nn.Module):
     def save(self, folder: str | Path, averaged: bool = False, dtype: torch.dtype | None = None) -> None:
         """Write the trained weights so that stock software opens them (see `artefacts`), with a card.
 
+        Of weights in shards all processes must call it; the first one writes.
+
         Args:
             folder: new, empty, or written by this before, in which case it is replaced.
             averaged: the average in the place of the weights.
@@ -240,6 +259,11 @@ class Policy(nn.Module):
             PolicyError: the folder holds other files, there is no average, or dtype is given for full weights.
         """
         self.switch.refuse_open("save")
-        note = describe(self.pipe, self.component, self.network, self.weights.kind, averaged)
+        network = self.network
+        if isinstance(self.weights, ShardedWeights):
+            network = self.weights.blank
+            if not self.weights.gather(averaged):
+                return
+        note = describe(self.pipe, self.component, network, self.weights.kind, averaged)
         with new_folder(Path(folder)) as new, self.averaged() if averaged else nullcontext():
             self.weights.write(new, self.pipe, note, dtype)

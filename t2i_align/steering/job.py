@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,15 +13,15 @@ from typing import Any
 from pydantic import Field
 
 from t2i_align.config import load_config
-from t2i_align.data.images import contact_sheet, open_image, tensor_to_pil
+from t2i_align.data.images import tensor_to_pil
 from t2i_align.data.tables import write_table
 from t2i_align.devices import resolve_device
 from t2i_align.errors import T2IError
-from t2i_align.jobs import SHEET_ROWS, GenerateJob, call_notes, prompt_notes
-from t2i_align.pipelines import Driver, check_call, load_kernel, preview_pipeline
+from t2i_align.jobs import SHEET_ROWS, GenerateJob, image_name, open_job, write_sheet
+from t2i_align.pipelines import Driver, load_kernel, preview_pipeline
 from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards import Scorer, check_reward, load_reward
-from t2i_align.runs import open_folder, read_jsonl, write_jsonl, write_text
+from t2i_align.runs import read_jsonl, write_jsonl, write_text
 from t2i_align.scoring.views import write_pairs
 from t2i_align.steering import load_method, method_class
 from t2i_align.steering.base import Cost, Ctx, Steered, Steering
@@ -40,7 +39,6 @@ class SteerJob(GenerateJob):
     steer: str = Field("fk", description="a steering method")
     settings: dict[str, Any] = Field(default_factory=dict, description="its settings, all of them")
     rewards: str = Field(description="what it maximises")
-    kernel: str | None = Field(None, description="of the reverse steps; null: the method's own")
     decoder: str | None = Field(None, description="a small autoencoder for rewards along the way; null: the own one")
 
     def method(self) -> Steering:
@@ -99,18 +97,11 @@ def run_steer(
     if save_pairs is not None and (save_pairs / PAIRS).exists() and not (resume or overwrite):
         raise T2IError(f"{save_pairs / PAIRS} already exists; pass --overwrite to replace it or choose another folder.")
     place = resolve_device(device)
-    job = job.resolved(place.type).model_copy(update={"particles": method.particles})
-    for line in prompt_notes(job.pipeline, job.prompts):
-        print(f"note: {line}", file=sys.stderr)
     reward = load_reward(job.rewards, place, base=job.pipeline)
     check_gradient(method, reward)
     _check_prompts(reward, job.prompts)
-    call = job.call()
-    pipe = job.open(device=place, **options)
-    check_call(pipe, call)
-    folder = open_folder(out, job, resume=resume, overwrite=overwrite)
-    for line in call_notes(job, pipe):
-        print(f"note: {line}", file=sys.stderr)
+    job = job.model_copy(update={"particles": method.particles})
+    job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     rows = call.pop("num_inference_steps", 20)
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
     if job.decoder is not None:
@@ -128,7 +119,7 @@ def _check_prompts(reward: Scorer, prompts: Sequence[str]) -> None:
 
 def _steer_windows(job: SteerJob, method: Steering, ctx: Ctx, folder: Path) -> None:
     """Steer the prompts that are not finished, as many together as fill a batch."""
-    for name in ("images", "history", "prompts"):
+    for name in ("history", "prompts"):
         (folder / name).mkdir(exist_ok=True)
     table = Prompts(job.prompts)
     repeats = occurrences(table)
@@ -155,7 +146,7 @@ def _save_prompt(job: SteerJob, folder: Path, row: int, at: int, result: Steered
     parts = {name: values.reshape(prompts, particles)[at] for name, values in result.scores.parts.items()}
     rows = []
     for k in range(particles):
-        name = f"images/{row:05d}-{k:03d}.png"
+        name = image_name(row, k)
         tensor_to_pil(result.images[at, k]).save(folder / name)
         made: dict[str, Any] = {"prompt": job.prompts[row], "row": row, "particle": k, "image": name}
         made |= {"reward": _number(totals[k])} | {part: _number(values[k]) for part, values in parts.items()}
@@ -177,13 +168,10 @@ def _finish(job: SteerJob, folder: Path, save_pairs: Path | None) -> list[dict[s
     rows = [row for group in groups for row in group]
     write_table(rows, folder / "results.parquet")
     most = max(len(group) for group in groups)
-    shown = [open_image(folder / row["image"]) for group in groups[:SHEET_ROWS] for row in _padded(group, most)]
-    zoom = max(1, 128 // shown[0].width)
-    contact_sheet(shown, most, labels=job.prompts, zoom=zoom).save(folder / "contact_sheet.png")
-    best = [row for row in rows if row["is_best"]][:SHEET_ROWS]
-    columns = min(8, len(best))
-    winners = contact_sheet([open_image(folder / row["image"]) for row in best], columns, zoom=zoom)
-    winners.save(folder / "best.png")
+    shown = [folder / row["image"] for group in groups[:SHEET_ROWS] for row in _padded(group, most)]
+    write_sheet(folder / "contact_sheet.png", shown, most, job.prompts)
+    best = [folder / row["image"] for row in rows if row["is_best"]][:SHEET_ROWS]
+    write_sheet(folder / "best.png", best, min(8, len(best)))
     if save_pairs is not None:
         write_pair_folder(rows, job.rewards, folder, save_pairs)
     return rows

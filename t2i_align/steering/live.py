@@ -41,8 +41,8 @@ class LiveLines:
         return self
 
     def __call__(self, row: dict[str, Any]) -> None:
-        """Take in a row of the history as a method logs it."""
-        self.step = int(row.get("row", self.step)) + 1
+        """Take in a row of the history as a method logs it; a row's number says how many steps were complete."""
+        self.step = int(row.get("row", self.step))
         for at in range(len(self.prompts)):
             mine = slice_row(row, at, len(self.prompts))
             finite = [value for value in flatten(mine.get("rewards", [])) if math.isfinite(value)]

@@ -49,12 +49,15 @@ class PolicyBlock(Settings):
     component: str | None = Field(None, description="which network of the pipeline; null: its denoiser")
     start: str | None = Field(None, description="LoRA to go on from, with its own rank, alpha and layers")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    shard: bool = Field(False, description="deal all weights out over the processes (FSDP2); with use: full")
 
     @model_validator(mode="after")
     def _fits(self) -> PolicyBlock:
         given = [name for name in ("rank", "alpha", "targets", "start") if getattr(self, name) is not None]
         if self.use == "full" and given:
             raise T2IError(f"Expected no {', '.join(given)} where all weights are trained: leave them out.")
+        if self.use == "lora" and self.shard:
+            raise T2IError("Expected use: full with shard, since a LoRA is small enough to be whole in every process.")
         if self.start is not None and len(given) > 1:
             raise T2IError("Expected rank, alpha and targets from start but they were given too: leave them out.")
         return self
@@ -151,7 +154,9 @@ class RunConfig(Settings):
     policy: PolicyBlock = PolicyBlock()
     method: dict[str, Any] = Field(description="use: a method; its settings beside that")
     prompts: PromptsBlock = PromptsBlock()
-    reward: str | dict[str, Any] = Field(description="what is maximised: an expression or a mapping of scorers")
+    reward: str | dict[str, Any] | None = Field(
+        None, description="what is maximised: an expression or a mapping of scorers; null with a person's choices"
+    )
     train: TrainConfig
     evaluate: EvaluateBlock = EvaluateBlock()
     log: LogBlock = LogBlock()
@@ -167,9 +172,21 @@ class RunConfig(Settings):
 
     @field_validator("reward")
     @classmethod
-    def _exists(cls, reward: str | dict[str, Any]) -> str | dict[str, Any]:
-        check_reward(reward)
+    def _exists(cls, reward: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if reward is not None:
+            check_reward(reward)
         return reward
+
+    @model_validator(mode="after")
+    def _learns(self) -> RunConfig:
+        if (self.reward is None) == (self.choices is None):
+            raise T2IError("Expected a reward, or method.choices with a person's choices in its place, and not both.")
+        return self
+
+    @property
+    def choices(self) -> str | None:
+        """The folder of a person's choices, in a run that learns from them."""
+        return self.method.get("choices")
 
     @property
     def folder(self) -> Path:

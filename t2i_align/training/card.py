@@ -9,7 +9,7 @@ from t2i_align.runs import write_text
 
 if TYPE_CHECKING:
     from t2i_align.policy import Policy
-    from t2i_align.training.blocks import StopBlock
+    from t2i_align.training.blocks import RunConfig, StopBlock
     from t2i_align.training.checkpoints import State
     from t2i_align.training.honest import Honest
 
@@ -43,7 +43,7 @@ tags:
 ```python
 {code}
 ```
-
+{usage}
 `config.yaml` has all settings, `evaluations.jsonl` every score, `environment.json` the versions.
 """
 
@@ -64,14 +64,12 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
     stop = config.evaluate.stop
     how = "" if watcher.best is None else f" The weights are those of step {kept['step']}, {chosen(stop)}."
     averaged = " They are averaged over the training (EMA)." if config.train.ema else ""
-    reward = config.reward if isinstance(config.reward, str) else ", ".join(config.reward)
-    given = config.prompts.use == "pairs"
     text = CARD.format(
         method=config.method["use"],
         base=config.model.use,
         what=f"A LoRA of the {policy.component}" if lora else f"The {policy.component}",
-        aim="trained on given preferences" if given else f"trained to raise `{reward}`",
-        trained=f"None was trained on; `reward` is `{reward}`." if given else "Only the first scorer was trained on.",
+        aim=aim(config),
+        trained="Only the first scorer was trained on." if learns_reward(config) else "None of these was trained on.",
         steps=state.step,
         images=state.step // watcher.method.updates * per_round,
         kept=how + averaged,
@@ -81,6 +79,7 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         measures=measure_table(watcher.rows[0], kept),
         step=kept["step"],
         code=snippet(result),
+        usage=f"\n{watcher.method.usage}\n" if watcher.method.usage else "",
     )
     write_text(result.parent / "README.md", text)
 
@@ -88,6 +87,20 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
 def chosen(stop: StopBlock | None) -> str:
     """Why these weights were kept."""
     return "the last within the budget" if stop is None else f"the best by `{stop.watch}`"
+
+
+def learns_reward(config: RunConfig) -> bool:
+    """Whether the reward is what a run trains on, not preferences that were given."""
+    return config.reward is not None and config.prompts.use != "pairs"
+
+
+def aim(config: RunConfig) -> str:
+    """What a run learnt, for a sentence."""
+    if config.reward is None:
+        return f"trained on a person's choices in `{config.choices}`"
+    if not learns_reward(config):
+        return "trained on given preferences"
+    return f"trained to raise `{config.reward if isinstance(config.reward, str) else ', '.join(config.reward)}`"
 
 
 def snippet(result: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.config import TrainConfig
+from t2i_align.shards import dealt, is_shard, own, whole
 from t2i_align.training.elastic import ElasticReset
 from t2i_align.training.method import Method, TrainingError
 
@@ -50,8 +51,17 @@ class State:
             self.elastic = ElasticReset(self.weights, config.elastic_reset, config.elastic_decay)
         self.step, self.seconds = 0, 0.0
 
-    def save(self, path: Path) -> None:
+    @property
+    def sharded(self) -> bool:
+        """Whether weights lie in shards over the processes: all of them must save then, and evaluate."""
+        return any(map(is_shard, self.weights.values()))
+
+    def save(self, path: Path, write: bool = True) -> None:
         """Write atomically: a kill at any moment leaves the old file or the new one, never half of one.
+
+        Args:
+            path: of the file.
+            write: whether this process writes; others help to gather what is in shards.
 
         Raises:
             TrainingError: it cannot be written; what was there before is as it was.
@@ -59,15 +69,17 @@ class State:
         content = {
             "step": self.step,
             "seconds": self.seconds,
-            "weights": {name: p.detach() for name, p in self.weights.items()},
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "weights": {name: whole(p.detach()) for name, p in self.weights.items()},
+            "average": self.average and {name: whole(mean) for name, mean in self.average.items()},
+            "optimizer": self._moments(),
             "scaler": self.scaler.state_dict(),
             "elastic": None if self.elastic is None else self.elastic.state(),
             "method": self.method.state(),
             "method_name": type(self.method).__name__,
             "config": self.config.model_dump(mode="json"),
         }
+        if not write:
+            return
         temporary = path.with_suffix(".tmp")
         try:
             with temporary.open("wb") as file:
@@ -90,13 +102,33 @@ class State:
         assign(self.weights, saved)
         if self.average is not None:
             assign(self.average, content["average"] or saved)
-        self.optimizer.load_state_dict(content["optimizer"])
+        self._load_moments(content["optimizer"])
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         if self.elastic is not None:
             self.elastic.restore(content["elastic"])
         self.method.restore(content["method"])
         self.step, self.seconds = content["step"], content["seconds"]
+
+    def _moments(self) -> dict[str, Any]:
+        """The optimiser's state, whole."""
+        state = self.optimizer.state_dict()
+        moments = {
+            index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        return state | {"state": moments}
+
+    def _load_moments(self, state: dict[str, Any]) -> None:
+        parameters = list(self.weights.values())
+        moments = {
+            index: {
+                name: dealt(value, parameters[index]) if isinstance(value, Tensor) and value.ndim else value
+                for name, value in values.items()
+            }
+            for index, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict(state | {"state": moments})
 
     def load_weights(self, path: Path) -> None:
         """Take the weights and the average of a checkpoint, and nothing else of it."""
@@ -130,8 +162,8 @@ class State:
         """Move the averaged weights towards the current ones; the first steps use a shorter memory."""
         assert self.average is not None
         decay = min(decay, (1 + self.step) / (10 + self.step))
-        current = [p.detach() for p in self.weights.values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        current = [own(p) for p in self.weights.values()]
+        torch._foreach_lerp_([own(mean) for mean in self.average.values()], current, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -186,10 +218,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*.pt"))
 
 
-def write_checkpoint(folder: Path, state: State) -> None:
-    """Write the checkpoint of a step, then delete the oldest beyond the number to keep."""
-    state.save(folder / "checkpoints" / f"step-{state.step:08d}.pt")
-    for old in checkpoints(folder)[: -state.config.keep]:
+def write_checkpoint(folder: Path, state: State, write: bool = True) -> None:
+    """Write the checkpoint of a step, then delete the oldest beyond the number to keep; `write`: see `State.save`."""
+    state.save(folder / "checkpoints" / f"step-{state.step:08d}.pt", write)
+    for old in checkpoints(folder)[: -state.config.keep] if write else ():
         old.unlink()
 
 
@@ -197,4 +229,4 @@ def assign(weights: dict[str, Any], values: dict[str, Tensor]) -> None:
     """Copy values into weights of the same names."""
     with torch.no_grad():
         for name, p in weights.items():
-            p.copy_(values[name])
+            p.copy_(values[name] if is_shard(values[name]) else dealt(values[name], p))

@@ -6,22 +6,25 @@ import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from t2i_align.errors import T2IError
-from t2i_align.methods import read_method
+from t2i_align.methods import METHODS, method_class, read_method
+from t2i_align.methods.pareto import PolicyGradientSettings
 from t2i_align.rewards import Scorer, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
 from t2i_align.rewards.gradients import differentiable, without_gradient
-from t2i_align.training.blocks import TRAINED, RunConfig
+from t2i_align.training.blocks import TRAINED, PromptsBlock, RunConfig
 from t2i_align.training.distributed import World
-from t2i_align.training.prompts import make_pool
+from t2i_align.training.prompts import make_pool, training_pool
 
 
 def problems(config: RunConfig, world: World | None = None) -> list[str]:
     """One sentence for everything that would stop a run, none that fits."""
     world = world or World(count=int(os.environ.get("WORLD_SIZE", 1)))
-    checks: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_model, _prompts, _stop, _folder, _libraries)
+    checks: list[Callable[[RunConfig], Iterator[str]]]
+    checks = [_model, _prompts, _choices, _pareto, _stop, _folder, _libraries]
     found: list[str] = []
     for check in checks:
         try:
@@ -66,8 +69,8 @@ def _find_targets(config: RunConfig) -> None:
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
-    pools = {"prompts": make_pool(config.prompts), "evaluate.prompts": make_pool(config.evaluate.prompts)}
-    scorers = [*leaf_classes(check_reward(config.reward))]
+    pools = {"prompts": training_pool(config), "evaluate.prompts": make_pool(config.evaluate.prompts)}
+    scorers = [] if config.reward is None else [*leaf_classes(check_reward(config.reward))]
     for name, pool in pools.items():
         watch = config.evaluate.watch or () if name == "evaluate.prompts" else ()
         needed = [*scorers, *(kind for spec in watch for kind in leaf_classes(check_reward(spec)))]
@@ -109,18 +112,75 @@ def leaf_classes(node: Node) -> Iterator[type[Scorer]]:
         yield from leaf_classes(member)
 
 
+def _choices(config: RunConfig) -> Iterator[str]:
+    """What of the run is not as it was when the images of a person's choices were drawn."""
+    if config.choices is None:
+        return
+    from t2i_align.choices import read_job
+    from t2i_align.pipelines import call_keywords
+
+    job, model, folder = read_job(config.choices), config.model, config.choices
+    if config.prompts != PromptsBlock(per_round=config.prompts.per_round):
+        yield f"prompts: expected per_round alone, since the prompts are those of {folder}"
+    here = call_keywords(model.use, job.steps, model.guidance, **model.call)
+    ours = {"model.use": _place(model.use), "model.vae": model.vae, "model.quantize": model.quantize} | here
+    theirs = {"model.use": _place(job.pipeline), "model.vae": job.vae, "model.quantize": job.quantize} | job.call()
+    if model.dtype is not None:
+        ours, theirs = ours | {"model.dtype": model.dtype}, theirs | {"model.dtype": job.dtype}
+    for name in dict.fromkeys([*theirs, *ours]):
+        if ours.get(name) != theirs.get(name):
+            yield f"{name}: {folder} was drawn with {theirs.get(name)}, but here it is {ours.get(name)}"
+    drawn = [(_place(path), weight) for path, weight in job.lora]
+    base = [(_place(path), weight) for path, weight in model.lora]
+    start = config.policy.start
+    if drawn != base and (start is None or drawn != [*base, (_place(start), 1.0)]):
+        last = job.lora[-1][0] if job.lora else "none"
+        yield (
+            f"policy.start: expected {last}, the LoRA that {folder} was drawn with, to go on from it; or model.lora "
+            "with it, to train a new one on top"
+        )
+
+
+def _pareto(config: RunConfig) -> Iterator[str]:
+    """Selection among rewards that are one, and a language model that cannot be had."""
+    _, s = read_method(config.method)
+    if isinstance(s, PolicyGradientSettings) and s.select == "pareto" and config.reward is not None:
+        node = check_reward(config.reward)
+        if not isinstance(node, Sum) or len(node.terms) < 2:
+            yield "reward: expected a sum of two rewards or more, such as 'a + b', with method.select: pareto"
+    if isinstance(s, PolicyGradientSettings) and s.expand is not None:
+        from transformers import AutoConfig
+
+        if config.policy.shard:
+            yield "method.expand: expected none with policy.shard, which is for the pipeline's network alone"
+        try:
+            AutoConfig.from_pretrained(s.expand.use)
+        except (OSError, ValueError) as error:
+            yield f"method.expand.use: no language model {s.expand.use} ({' '.join(str(error).split()):.120})"
+
+
+def _place(name: str) -> str:
+    """A path in full; a name that is none as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def _stop(config: RunConfig) -> Iterator[str]:
     stop, watch = config.evaluate.stop, config.evaluate.watch
-    if stop is not None and watch is not None and stop.watch not in (TRAINED, *watch):
-        yield f"evaluate.stop.watch: expected one of {', '.join((TRAINED, *watch))} but got {stop.watch!r}"
+    known = (*((TRAINED,) if config.reward is not None else ()), *(watch or ()))
+    if stop is not None and watch is not None and stop.watch not in known:
+        yield f"evaluate.stop.watch: expected one of {', '.join(known) or 'evaluate.watch'} but got {stop.watch!r}"
 
 
 def _folder(config: RunConfig) -> Iterator[str]:
     there = next(path for path in (config.folder, *config.folder.absolute().parents) if path.exists())
     if not there.is_dir():
         yield f"out: expected a folder but {there} is a file"
-    elif not os.access(there, os.W_OK):
-        yield f"out: the folder {there} cannot be written"
+        return
+    try:
+        with TemporaryFile(dir=there):  # permissions alone say nothing of a disk that cannot be written, or to root
+            pass
+    except OSError as error:
+        yield f"out: the folder {there} cannot be written ({error.strerror})"
 
 
 def _libraries(config: RunConfig) -> Iterator[str]:
@@ -132,6 +192,24 @@ def _libraries(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {library} is not installed; `pip install 't2i-align[{name}]'`, or leave it out"
 
 
+def _shards(config: RunConfig, count: int, batches: int) -> Iterator[str]:
+    """What weights in shards need: several processes with equally much to do, and number types that they have."""
+    method, s = read_method(config.method)
+    if not method.shardable:
+        able = ", ".join(name for name in METHODS if method_class(name).shardable)
+        yield f"policy.shard: expected one of {able}, with equal updates in all processes, but got {method.__name__}"
+    if config.train.elastic_reset:
+        yield "train.elastic_reset: expected none with policy.shard"
+    if count == 1:
+        yield "policy.shard: expected several processes, as by `torchrun --nproc_per_node 2`, but there is one"
+    elif batches % s.minibatches:
+        yield f"method.minibatches: expected to divide the {batches} batches of a process but got {s.minibatches}"
+    if config.train.precision == "fp16":
+        yield "train.precision: expected bf16 or fp32 with policy.shard but got fp16"
+    if config.train.optimizer != "adamw":
+        yield f"train.optimizer: expected adamw with policy.shard but got {config.train.optimizer}"
+
+
 def _sizes(config: RunConfig, world: World) -> Iterator[str]:
     """Rounds, groups, batches, minibatches and processes that do not fit together."""
     _, s = read_method(config.method)
@@ -140,6 +218,8 @@ def _sizes(config: RunConfig, world: World) -> Iterator[str]:
         yield f"prompts.per_round: expected a multiple of the {count} processes but got {per_round}"
         return
     images = per_round // count * s.group
+    if config.policy.shard:
+        yield from _shards(config, count, images // s.batch_size)
     if s.batch_size % s.group and s.group % s.batch_size:
         yield f"method.batch_size: {s.batch_size} neither divides nor is a multiple of the group of {s.group} images"
     if images % s.batch_size:

@@ -18,6 +18,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from t2i_align.errors import T2IError
+from t2i_align.shards import is_shard, own
 
 PATIENCE = timedelta(hours=2)  # others wait while the first process evaluates
 T = TypeVar("T")
@@ -84,10 +85,19 @@ class World:
         return values
 
     def sum_gradients(self, weights: Iterable[Tensor]) -> None:
-        """Add up the gradients of all processes, in one reduction; a weight without one counts as zero."""
+        """Add up the gradients of all processes, in one reduction; a weight without one counts as zero.
+
+        Of weights in shards FSDP2 has taken the mean in each backward pass.
+        """
         if self.count == 1:
             return
-        weights = list(weights)
+        everything = list(weights)
+        for p in everything:
+            if is_shard(p) and p.grad is not None:
+                own(p.grad).mul_(self.count)
+        weights = [p for p in everything if not is_shard(p)]
+        if not weights:
+            return
         for p in weights:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -96,8 +106,12 @@ class World:
         for p, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
             p.grad = part.view_as(p).to(p)
 
-    def once(self, action: Callable[[], T]) -> T:
+    def once(self, action: Callable[[], T], together: bool = False) -> T:
         """Do something in the first process while the others wait; its picklable result, or its refusal, in all.
+
+        Args:
+            action: what to do.
+            together: do it in all processes, as weights in shards need; `action` then sees to it that one writes.
 
         Raises:
             T2IError: what `action` raised.
@@ -106,7 +120,7 @@ class World:
             return action()
         said: list[Any] = [None, None]
         failure: Exception | None = None
-        if self.first:
+        if self.first or together:
             try:
                 said = [action(), None]
             except (T2IError, OSError) as error:

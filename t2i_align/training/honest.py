@@ -38,16 +38,17 @@ MEASURES = ("kl", "diversity", "vendi", "sharpness", "saturation")
 
 @dataclass
 class Judges:
-    """What images are judged by: the trained reward, scorers that are not trained on, an embedding."""
+    """What images are judged by: the trained reward, if there is one, scorers that are not trained on, an embedding."""
 
-    reward: Scorer
+    reward: Scorer | None
     watch: dict[str, Scorer]
     features: Extract | None
 
     @property
     def scorers(self) -> dict[str, Scorer]:
         """By their names in an evaluation; the trained one is `reward`."""
-        return {TRAINED: self.reward} | self.watch
+        trained = {} if self.reward is None else {TRAINED: self.reward}
+        return trained | self.watch
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Honest(Observer):
         if not self.rows:  # of an earlier session
             self.rows = self.world.once(lambda: self._read(state.step))
         if self.due(state.step) and all(row["step"] != state.step for row in self.rows):
-            self.rows.append(self.world.once(lambda: self._evaluate(state)))
+            self.rows.append(self.world.once(lambda: self._evaluate(state), state.sharded))
         return self.stopped
 
     def row(self, row: dict[str, float]) -> None:
@@ -135,27 +136,30 @@ class Honest(Observer):
         return read_jsonl(self.folder / EVALUATIONS)
 
     def _evaluate(self, state: State) -> dict[str, Any]:
-        """One row; where it is the best one, its weights are written first."""
+        """One row; where it is the best one, its weights are written first. The first process writes."""
         started = time.perf_counter()
         is_base = state.step == 0 and self.config.policy.start is None
         with state.averaged():
-            images = self._draw(f"step {state.step}")
+            images = self._draw(f"step {state.step}", plain=is_base)
             row = {"step": state.step} | self._judge(images) | self._measure(images)
             some = self.prompts[: self.config.evaluate.kl_images]
             row |= {"kl": 0.0, "chi2": 0.0} if is_base else drift_from_base(self.method, some, state.config.seed)
         row["seconds"] = round(time.perf_counter() - started, 2)
         self._keep_pictures(images, state.step, is_base)
         if self._best_of([*self.rows, row]) is row:
-            state.save(self.folder / "checkpoints" / BEST)
+            state.save(self.folder / "checkpoints" / BEST, self.world.first)
+        if not self.world.first:
+            return row
         append_jsonl(self.folder / EVALUATIONS, [row])
         plot_curves([*self.rows, row], list(self.judges.scorers), self.folder / "curves.png")
         self.trackers.write(state.step, {k: v for k, v in row.items() if k not in ("step", "scores")}, "evaluate")
         return row
 
-    def _draw(self, label: str) -> list[Image.Image]:
-        e = self.config.evaluate
-        pipe = self.method.tools.driver.pipe
-        return draw(pipe, self.prompts, e.images, e.seed, e.batch_size, f"evaluating {label}", **self.call)
+    def _draw(self, label: str, plain: bool) -> list[Image.Image]:
+        """Pictures of the prompts, as a user would write them for the result or, `plain`, for the base."""
+        e, pipe, shown = self.config.evaluate, self.method.tools.driver.pipe, self.world.first
+        told, label = None if plain else self.method.as_used(self.prompts), f"evaluating {label}"
+        return draw(pipe, self.prompts, e.images, e.seed, e.batch_size, label, shown, told, **self.call)
 
     def _judge(self, images: list[Image.Image]) -> dict[str, Any]:
         """Mean scores by scorer, the number of images without one, and all scores (prompts, images)."""
@@ -183,7 +187,9 @@ class Honest(Observer):
         pictures = images[: count * each : each]
         if not self.base_pictures:
             with self.method.policy.reference():
-                self.base_pictures = pictures if is_base else self._draw("base")[: count * each : each]
+                self.base_pictures = pictures if is_base else self._draw("base", plain=True)[: count * each : each]
+        if not self.world.first:
+            return
         (self.folder / "samples").mkdir(exist_ok=True)
         zoom = max(1, 128 // pictures[0].width)
         sheet = contact_sheet([*self.base_pictures, *pictures], count, labels=["base", f"step {step}"], zoom=zoom)
@@ -200,7 +206,7 @@ def drift_from_base(method: OnPolicy, prompts: Prompts, seed: int) -> dict[str, 
     is a product over steps and explodes (arXiv 2403.03185 has it for one step).
     """
     s, driver, call, kernel = method.settings, method.tools.driver, method.tools.call, method.kernel
-    cond = driver.encode(prompts)
+    cond = driver.encode(method.as_used(prompts))
     seed = key(seed, "kl")
     x = driver.start(cond, s.steps, seed, **call)
     latents, kl, chi2 = [x], 0.0, 0.0

@@ -21,6 +21,7 @@ from torch import nn
 from t2i_align.config import TrainConfig
 from t2i_align.keys import key
 from t2i_align.progress import Progress
+from t2i_align.shards import whole
 from t2i_align.training.checkpoints import State, checkpoints, write_checkpoint
 from t2i_align.training.distributed import ALONE, World
 from t2i_align.training.health import Health
@@ -92,7 +93,7 @@ def fit(
                 interrupted = world.total(len(received)) > 0
                 late = minutes is not None and world.total(state.seconds) >= 60 * minutes * world.count
                 if interrupted or state.step >= saved + config.checkpoint_every:
-                    world.once(lambda: write_checkpoint(folder, state))
+                    world.once(lambda: write_checkpoint(folder, state, world.first), state.sharded)
                     saved = state.step
                 if interrupted:
                     raise KeyboardInterrupt
@@ -120,7 +121,7 @@ def fit(
                 if world.first:
                     observer.row(row)
     if saved != state.step or not checkpoints(folder):
-        world.once(lambda: write_checkpoint(folder, state))
+        world.once(lambda: write_checkpoint(folder, state, world.first), state.sharded)
     method.eval()
     return state
 
@@ -213,7 +214,7 @@ def _update(
     if terms:  # else there is nothing to learn from in any process
         ctx.world.sum_gradients(state.weights.values())
         scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.weights.values(), config.max_norm or math.inf, foreach=True)
+    norm = whole(nn.utils.clip_grad_norm_(state.weights.values(), config.max_norm or math.inf, foreach=True))
     health.update(state.step, total, float(norm), scaler.get_scale() if scaler.is_enabled() else None)
     rate = learning_rate(config, state.step)
     for group in state.optimizer.param_groups:

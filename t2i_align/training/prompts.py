@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t2i_align.choices import read_choices
 from t2i_align.data.preferences import read_preferences
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator
@@ -17,7 +18,7 @@ from t2i_align.playground.world import sample_scene
 from t2i_align.prompts import Prompts, read_prompts
 
 if TYPE_CHECKING:
-    from t2i_align.training.blocks import PromptsBlock, Source
+    from t2i_align.training.blocks import PromptsBlock, RunConfig, Source
 
 TRIES = 60  # scenes drawn for each different caption that is wanted
 
@@ -40,6 +41,18 @@ class Pool:
         return self.prompts[rows.tolist()]
 
 
+def training_pool(config: RunConfig) -> Pool:
+    """The prompts that a run is trained on: those of its block, or those that a person has chosen images of.
+
+    Raises:
+        T2IError: as `make_pool` and `read_choices`.
+    """
+    if config.choices is None:
+        return make_pool(config.prompts)
+    prompts = read_choices(config.choices).prompts()
+    return _large_enough(Pool(prompts, (1 / len(prompts),) * len(prompts)), config.prompts.per_round)
+
+
 def make_pool(block: Source | PromptsBlock) -> Pool:
     """Read the prompts of a block; of a mixture, the columns that all its parts have.
 
@@ -53,10 +66,12 @@ def make_pool(block: Source | PromptsBlock) -> Pool:
         joined = joined + table
     total = sum(part.weight for part in parts)
     chances = [part.weight / total / len(table) for part, table in zip(parts, tables, strict=True) for _ in table.text]
-    pool = Pool(joined, tuple(chances))
-    per_round = getattr(block, "per_round", 1)
-    if per_round > len(joined):
-        raise T2IError(f"Expected at least the {per_round} prompts of a round but got {len(joined)}.")
+    return _large_enough(Pool(joined, tuple(chances)), getattr(block, "per_round", 1))
+
+
+def _large_enough(pool: Pool, per_round: int) -> Pool:
+    if per_round > len(pool.prompts):
+        raise T2IError(f"Expected at least the {per_round} prompts of a round but got {len(pool.prompts)}.")
     return pool
 
 

@@ -27,7 +27,7 @@ from t2i_align.training.checkpoints import BEST, State
 from t2i_align.training.distributed import World
 from t2i_align.training.honest import Honest, Judges
 from t2i_align.training.loop import fit
-from t2i_align.training.prompts import Pool, make_pool
+from t2i_align.training.prompts import Pool, make_pool, training_pool
 from t2i_align.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def train(
     finally:
         trackers.close()
     kept = watcher.best or watcher.rows[-1]
-    world.once(lambda: write_result(parts, state, watcher, kept))
+    world.once(lambda: write_result(parts, state, watcher, kept), state.sharded)
     return Trained(folder, state.step, kept)
 
 
@@ -128,9 +128,9 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     device = resolve_device(config.model.device) if pipeline is None else pipeline.device
     if pipeline is None and device.type == "cuda" and device.index is None and world.count > 1:
         device = resolve_device(f"cuda:{world.local}")
-    pool, held_out = make_pool(config.prompts), make_pool(config.evaluate.prompts).prompts
+    pool, held_out = training_pool(config), make_pool(config.evaluate.prompts).prompts
     judges = make_judges(config, device)
-    check_prompts([judges.reward], pool.prompts)
+    check_prompts([judges.reward] if judges.reward else [], pool.prompts)
     check_prompts(list(judges.scorers.values()), held_out)
     model, e = config.model, config.evaluate
     pipe = pipeline or load_pipeline(model.use, device=device, **model.options())
@@ -146,9 +146,9 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
 
 
 def make_judges(config: RunConfig, device: torch.device) -> Judges:
-    """The trained reward, the watched scorers and the embedding."""
+    """The trained reward, if there is one, the watched scorers and the embedding."""
     e = config.evaluate
-    reward = load_reward(config.reward, device, base=config.model.use)
+    reward = None if config.reward is None else load_reward(config.reward, device, base=config.model.use)
     watch = {spec: load_reward(spec, device, base=config.model.use) for spec in e.watch or ()}
     features = None if e.features is None else load_features(e.features)
     if isinstance(features, torch.nn.Module):
@@ -159,7 +159,7 @@ def make_judges(config: RunConfig, device: torch.device) -> Judges:
 def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int) -> Policy:
     """The trained weights in the pipeline."""
     if block.use == "full":
-        return Policy.full(pipe, block.component, block.gradient_checkpointing)
+        return Policy.full(pipe, block.component, block.gradient_checkpointing, block.shard)
     return Policy.lora(
         pipe,
         block.rank,
@@ -182,5 +182,8 @@ def write_result(parts: Parts, state: State, watcher: Honest, kept: dict[str, An
         with state.averaged():
             policy.update_average(0.0)  # all of it
     policy.save(result, averaged=state.average is not None)
-    parts.method.save(folder)
-    write_card(result, watcher, policy, state, kept)
+    with state.averaged():
+        if watcher.world.first:
+            parts.method.save(folder)
+    if watcher.world.first:
+        write_card(result, watcher, policy, state, kept)
