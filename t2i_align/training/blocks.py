@@ -83,7 +83,7 @@ class Source(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Source:
         if (self.use != "playground") != (self.path is not None):
-            raise T2IError("Expected use: file or use: pairs with path: FILE, or neither.")
+            raise T2IError("Expected use: file with path: FILE, or use: pairs with path: PATH, or neither.")
         if self.use != "pairs" and (self.columns, self.root) != (None, None):
             raise T2IError("Expected columns and root beside use: pairs alone: leave them out.")
         return self
