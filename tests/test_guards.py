@@ -33,6 +33,10 @@ METHODS = {
     "grpo": {"use": "grpo", "group": 4, "clip": 0.2},
     "d3po": {"use": "d3po", "group": 4, "clip": None, "pairs": "all"},
     "prdp": {"use": "prdp", "group": 4, "beta": 1.0, "eps": 0.2},
+    "nft": {"use": "nft", "group": 4, "kl": 0.0},
+    "rwr": {"use": "rwr", "group": 4},
+    "dpo": {"use": "diffusion_dpo", "group": 4, "online": True},
+    "kto": {"use": "diffusion_dpo", "group": 4, "online": True, "loss": "kto"},
     "vard": {"use": "vard", "group": 4, "warmup": 0, "value": {"net": "conv", "width": 8}},
 }
 
@@ -88,14 +92,14 @@ def test_trust_by_hand():
     assert data.trust.tolist() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("name", ["ddpo", "grpo", "d3po", "prdp"])
+@pytest.mark.parametrize("name", ["ddpo", "grpo", "d3po", "prdp", "nft", "rwr", "dpo", "kto"])
 def test_equal_doubt_scales_the_gradient_of_every_method(name):
     """U is the same for all images: losses of one image count exp(-U), those of pairs exp(-2 U)."""
     plain, data = gradient(make(name, Doubtful(0.3)))
     doubted, _ = gradient(make(name, Doubtful(0.3), discount=1.0))
     groups = data.scores.total.reshape(2, 4)
     u = 0.3 / float((groups - groups.mean(1, keepdim=True)).square().mean().sqrt())
-    factor = math.exp(-u * (2 if name in ("d3po", "prdp") else 1))
+    factor = math.exp(-u * (2 if name in ("d3po", "prdp", "dpo") else 1))
     assert plain.abs().max() > 0
     torch.testing.assert_close(doubted, factor * plain, rtol=1e-4, atol=1e-9)
 

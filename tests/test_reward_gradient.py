@@ -16,8 +16,9 @@ from t2i_align.pipelines.kernels import ode
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import FunctionScorer
-from t2i_align.training import Ctx, fit
+from t2i_align.rewards import FunctionScorer, Scorer
+from t2i_align.rewards.constraints import Constraint, Limited
+from t2i_align.training import Ctx, TrainingError, fit
 from t2i_align.training.blocks import load_run
 from tests.families import FAMILIES
 
@@ -194,6 +195,39 @@ def test_the_gradient_is_that_of_one_graph():
     norm = torch.cat([g.flatten() for g in found]).norm()
     for p, mine in zip(method.policy.trainable(), found, strict=True):
         assert float((p.grad - mine).norm() / norm) < 1e-5
+
+
+class Unsure(Scorer):
+    """The toy's reward with a std of 0.7."""
+
+    name, differentiable = "unsure", True
+
+    def forward(self, images, prompts):
+        return red(images, prompts), torch.full((len(images),), 0.7)
+
+
+def test_doubt_discounts_the_loss():
+    """l exp(-U) + U, with one U for all images: gradients count exp(-U)."""
+    pipe = toy_pipeline()
+    found = []
+    for discount in (0.0, 2.0):
+        method = make("draft", pipe=pipe, discount=discount)
+        method.tools.scorer = Unsure()
+        found.append(gradients(method)[:2])
+    (plain,), (doubted,) = found[0][0], found[1][0]
+    torch.testing.assert_close(doubted, math.exp(-1.4) * plain)
+    assert found[1][1] == pytest.approx(math.exp(-1.4) * found[0][1] + 1.4, rel=1e-4)
+    with pytest.raises(TrainingError, match="Expected a reward with a std"):
+        gradients(make("draft", pipe=pipe, discount=2.0))
+
+
+def test_constraints_move_with_the_images_of_an_update():
+    method = make("draft")
+    limit = Constraint(FunctionScorer(red, "limit", differentiable=True), "at_least", 9.0)
+    method.tools.scorer = Limited(FunctionScorer(red, "red", differentiable=True), [limit])
+    before = float(method.tools.scorer.multipliers())
+    gradients(method)
+    assert float(method.tools.scorer.multipliers()) > before  # rewards are around 0, far below 9
 
 
 def test_rewards_that_are_no_numbers_are_left_out():

@@ -224,14 +224,19 @@ class OnPolicy(Method):
         scores = gather(ctx, self.tools.reward.scores(images, prompts[mine].repeat(s.group)))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
-        if s.discount and scores.std is None:
-            raise TrainingError(
-                f"Expected a reward with a std, which discount={s.discount:g} needs, but {self.tools.reward.name} has "
-                "none: use several members, as in mean(a, b), a scorer that returns (mean, std), or consistent(...)."
-            )
+        self.check_std(scores)
         if isinstance(self.tools.reward, Limited):
             self.tools.reward.update(scores)
         return Rollout(traj, scores, s.group, seed, first, s.discount)
+
+    def check_std(self, scores: Scores) -> None:
+        """Raises TrainingError where `discount` asks for a std that the reward does not have."""
+        if self.settings.discount and scores.std is None:
+            raise TrainingError(
+                f"Expected a reward with a std, which discount={self.settings.discount:g} needs, but "
+                f"{self.tools.reward.name} has none: use several members, as in mean(a, b), a scorer that returns "
+                "(mean, std), or consistent(...)."
+            )
 
     def draw(self, ctx: Ctx, cond: Cond, seed: int, ids: list[int]) -> Trajectory:
         """The chains of a round, their noise keyed by `ids`."""

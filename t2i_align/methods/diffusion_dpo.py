@@ -133,7 +133,8 @@ class DiffusionDPO(ForwardProcess):
                 error = self.process.error(noised, cond)
                 (win, lose), (base_win, base_lose) = error.chunk(2), base.to(error).chunk(2)
                 ahead = lead(win, lose, base_win, base_lose, s.beta) - s.margin * (s.loss == "simpo")
-                loss = -logsigmoid(ahead) + s.sft * win
+                trust = data.trust[part].prod(1).to(ahead)  # of drawn images; given ones are all trusted
+                loss = trust * (s.sft * win - logsigmoid(ahead))
                 stats = {"lead": ahead, "accuracy": (ahead > 0).float(), "error": win}
                 yield Term(loss.sum() * share, stats)
 
@@ -155,7 +156,7 @@ class DiffusionDPO(ForwardProcess):
                 error = self.process.error(noised, cond)
                 liked = part[:, 1].to(error)
                 gain = -s.beta / 2 * (error - base[i, number])
-                loss = kto_loss(gain, liked, z) + s.sft * liked * error
+                loss = data.trust[part[:, 0]].to(gain) * (kto_loss(gain, liked, z) + s.sft * liked * error)
                 yield Term(loss.sum() * share, {"lead": gain * (2 * liked - 1), "error": error})
 
     @torch.no_grad()

@@ -81,7 +81,7 @@ class NFT(ForwardProcess):
         """One term per trained row of the grid and batch of samples."""
         (data, good), s = batch, self.settings
         chunks, rows = self.chunks(ctx, len(data)), range(self.process.rows)
-        share = 1 / (len(rows) * self.samples(ctx, chunks))
+        share, trust = 1 / (len(rows) * self.samples(ctx, chunks)), data.mine(data.trust)
         for row in rows:
             for part in chunks:
                 x0, cond = data.traj.x[part, -1], data.traj.cond[part]
@@ -96,7 +96,8 @@ class NFT(ForwardProcess):
                 v = self.process.output(noised, cond)
                 plus, minus = self.branches(noised, v, old)
                 away = (v - base).square().flatten(1).mean(1)
-                loss = mixed(plus, minus, good[part].to(v), s.b, s.advantage_clip) + s.kl * away
+                fit = mixed(plus, minus, good[part].to(v), s.b, s.advantage_clip)
+                loss = trust[part].to(v) * fit + s.kl * away
                 yield Term(loss.sum() * share, {"away": away, "moved": (v - old).square().mean()})
 
     def branches(self, noised: Noised, v: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ compute in their own number type whatever the network trains in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -24,13 +24,16 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i_align.errors import T2IError
 from t2i_align.keys import key
-from t2i_align.methods.base import OnPolicy, SamplingSettings, Tools
+from t2i_align.methods.base import OnPolicy, SamplingSettings, Tools, gather
 from t2i_align.methods.forward import Forward
 from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.kernels import Kernel, load_kernel
 from t2i_align.pipelines.latents import LatentCache
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts, read_prompts
+from t2i_align.rewards.base import Scores
+from t2i_align.rewards.constraints import Limited
+from t2i_align.rewards.uncertainty import discount
 from t2i_align.steering.gradients import SCORER_SCALE, pull
 from t2i_align.training import Ctx, Term, TrainingError
 from t2i_align.training.health import INVALID
@@ -47,6 +50,9 @@ class GradientSettings(SamplingSettings):
     kernel: str | None = Field(None, description="reverse steps; null: ddim(1.0), on flow models flow_sde(0.7)")
     loss: Shape = Field("linear", description="-r, max(0, goal - r) or |goal - r|")
     goal: float = Field(2.0, description="of `margin` and `target`, in the unit of the reward")
+    discount: float = Field(
+        0.0, ge=0, description="l exp(-U) + U in place of a loss l, with U = discount std of the reward (Ctrl-U)"
+    )
     scale: float = Field(1.0, gt=0, description="weight of the reward beside `pretrain`; Adam does not see it alone")
     pretrain: float = Field(0.0, ge=0, description="weight of the denoising error on images of `pretrain_data`")
     pretrain_data: str | None = Field(None, description="table with the columns prompt and image, paths beside it")
@@ -125,13 +131,14 @@ class RewardGradient(OnPolicy):
     def losses(self, ctx: Ctx, batch: Starts) -> Iterator[Term]:
         """One term per batch of samples and gradient of theirs, then the pre-training term."""
         chunks = self.chunks(ctx, len(batch.x))
-        images, invalid = self.samples(ctx, chunks), 0.0
+        images, invalid, seen = self.samples(ctx, chunks), 0.0, []
         for part in chunks:
             made = list(self.latents(ctx, batch, part))
             for make in made:
                 latents = make()
-                loss, slope, rewards = self.slope(latents.detach(), batch.cond.prompts[part])
-                share = 1 / (images * len(made))
+                loss, slope, scores = self.slope(latents.detach(), batch.cond.prompts[part])
+                share, rewards = 1 / (images * len(made)), scores.total
+                seen.append(scores)
                 straight = (latents.float() * slope).sum()
                 known = rewards[rewards.isfinite()]
                 invalid += (len(rewards) - len(known)) / len(made)
@@ -144,13 +151,15 @@ class RewardGradient(OnPolicy):
                     )
             if self.settings.pretrain:
                 yield Term(self.pretraining(ctx, batch, part) / images, {})
+        if isinstance(self.tools.reward, Limited):
+            self.tools.reward.update(gather(ctx, joined(seen)))
 
     def latents(self, ctx: Ctx, batch: Starts, part: slice) -> Iterator[Make]:
         """Functions that make the latents (B, ...) to be decoded, with their graph; each is called once."""
         raise NotImplementedError
 
-    def slope(self, latents: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss of latents (B, ...), its gradient (B, ...) and their rewards (B,)."""
+    def slope(self, latents: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor, Scores]:
+        """The summed loss of latents (B, ...), its gradient (B, ...) and their scores (B,)."""
         s, driver = self.settings, self.tools.driver
         found = {"image_processor", "video_processor"} & set(vars(driver.pipe))
         latents = latents.requires_grad_()
@@ -158,15 +167,20 @@ class RewardGradient(OnPolicy):
             free = s.straight_through and bool(found)
             images = driver.decode(latents, s.batch_size, straight_through=free, checkpointing=s.checkpointing)
             pixels = images.detach().float().requires_grad_()
-            rewards = self.again(lambda seen: self.tools.reward.scores(seen, prompts).total, pixels)
+            scores: Scores = self.again(lambda seen: self.tools.reward.scores(seen, prompts), pixels)
+            rewards = scores.total
+            self.check_std(scores)
             if not rewards.requires_grad:
                 raise TrainingError(
                     f"Expected a differentiable reward but the scores of {self.tools.reward.name} have no gradient."
                 )
             known = rewards.isfinite()
-            loss = s.scale * shaped(rewards[known], s.loss, s.goal).sum()
+            losses = shaped(rewards[known], s.loss, s.goal)
+            if s.discount and scores.std is not None:
+                losses = discount(losses, s.discount * scores.std[known])
+            loss = s.scale * losses.sum()
             (slope,) = torch.autograd.grad(SCORER_SCALE * loss, pixels)
-            return loss.detach(), pull(images, latents, slope / SCORER_SCALE), rewards.detach()
+            return loss.detach(), pull(images, latents, slope / SCORER_SCALE), joined([scores])
 
     def sampled(self, batch: Starts, part: slice, x: Tensor, rows: range) -> Tensor:
         """Latents (B, ...) after some rows, with their graph where gradients are on."""
@@ -176,7 +190,7 @@ class RewardGradient(OnPolicy):
             checkpointing=s.checkpointing, **self.tools.call,
         )  # fmt: skip
 
-    def again(self, function: Any, x: Tensor) -> Tensor:
+    def again(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A function of a tensor, computed again in the backward pass where the settings say so."""
         return checkpoint(function, x, use_reentrant=False) if self.settings.checkpointing else function(x)
 
@@ -196,6 +210,13 @@ class RewardGradient(OnPolicy):
             cond = self.tools.driver.encode(table[rows])
         noised = self.process.keyed(ctx, x0, [ids[row] for row in rows], 0)
         return self.settings.pretrain * self.process.error(noised, cond).sum() * len(ids) / len(rows)
+
+
+def joined(scores: Sequence[Scores]) -> Scores:
+    """Scores of several batches as those of one, without their graph."""
+    stds = [each.std.detach() for each in scores if each.std is not None]
+    parts = {name: torch.cat([each.parts[name].detach() for each in scores]) for name in scores[0].parts}
+    return Scores(torch.cat([each.total.detach() for each in scores]), parts, torch.cat(stds) if stds else None)
 
 
 def shaped(rewards: Tensor, loss: str, goal: float) -> Tensor:

@@ -46,7 +46,7 @@ class RWR(ForwardProcess):
             data = self.rollout(ctx, prompts)
         rewards = data.scores.total.reshape(-1, data.group)
         weights = tilted(rewards, s.beta) if s.select == "weights" else best_of(rewards, s.best)
-        return data, data.mine(weights.flatten())
+        return data, data.mine(weights.flatten() * data.trust.to(weights))
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per noise level and batch of samples, those of weight 0 left out."""
