@@ -4,7 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
@@ -13,6 +14,7 @@ def blocks(language):
 
 def test_commands_run_in_order(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     commands = [words[1:] for words in lines if words[0] == "t2i-align"]
     assert {words[0] for words in lines} == {"make", "source", "t2i-align"}
@@ -30,7 +32,7 @@ def test_python_runs(capsys):
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in (line for block in blocks("bash") for line in block.splitlines()):
         words = shlex.split(line, comments=True)
         if words[0] == "make":
