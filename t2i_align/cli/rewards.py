@@ -29,7 +29,7 @@ def top(context: Context, as_json: Annotated[bool, Option("--json", help="Print 
     from t2i_align.rewards.build import FUNCTIONS
 
     shown = ("name", "needs", "differentiable", "unit", "license", "weights", "summary")
-    print_table([{name: row[name].partition(":")[0] for name in shown} for row in rows])
+    print_table([{name: row[name] for name in shown} | {"weights": row["weights"].partition(":")[0]} for row in rows])
     print(f"Functions of scorers: {', '.join(FUNCTIONS)}.")
     print("`t2i-align rewards show NAME` describes any of these, and says how to get weights that are missing.")
 
