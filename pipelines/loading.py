@@ -62,6 +62,7 @@ def load_pipeline(
     lora: Any = None,
     quantize: str | None = None,
     attention: str | None = None,
+    channels_last: bool = False,
     local_files_only: bool = False,
 ) -> DiffusionPipeline:
     """Open a text-to-image pipeline; weights are read from safetensors only.
@@ -80,12 +81,14 @@ def load_pipeline(
         lora: a path or hub id, or a pair (path or hub id, weight), or a list of these, which add up.
         quantize: `4bit` for 4-bit denoisers and large text encoders by bitsandbytes.
         attention: back-end of the denoiser's attention: `native`, `xformers`, `flash`, ...
+        channels_last: lay convolutions out so that they are a quarter faster on a CPU; pictures change by rounding.
         local_files_only: leave the network alone.
 
     Raises:
         PipelineError: unknown, without weights, or an option it cannot serve; raised before weights are read where
             that can be told.
     """
+    import torch
     from diffusers import DiffusionPipeline
 
     from t2i_align.devices import resolve_device
@@ -93,6 +96,7 @@ def load_pipeline(
     if isinstance(pipeline, DiffusionPipeline):
         given = {"dtype": dtype, "variant": variant, "revision": revision, "offload": offload, "vae": vae, "lora": lora}
         given |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling, "quantize": quantize, "attention": attention}
+        given["channels_last"] = channels_last
         if laid := [name for name, value in given.items() if value]:
             raise PipelineError(f"Expected {', '.join(laid)} for a pipeline to open but got one that is already open.")
         return pipeline
@@ -121,6 +125,10 @@ def load_pipeline(
     parts.add_loras(loaded, loras)
     if attention:
         set_attention(loaded, attention)
+    if channels_last:
+        for part in loaded.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(memory_format=torch.channels_last)
     return _settle(loaded, target, offload, vae_slicing, vae_tiling)
 
 
@@ -282,12 +290,6 @@ def _settle(
     pipe: DiffusionPipeline, target: torch.device, offload: str | None, slicing: bool, tiling: bool
 ) -> DiffusionPipeline:
     """Put a pipeline where it works."""
-    import torch
-
-    if target.type == "cpu":  # where convolutions are a quarter faster in this layout
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.to(memory_format=torch.channels_last)
     try:
         if slicing:
             pipe.vae.enable_slicing()

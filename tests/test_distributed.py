@@ -28,7 +28,7 @@ from tests.families import FAMILIES
 ROOT = Path(__file__).parents[1]
 METHODS = {
     "ddpo": {"use": "ddpo", "group": 2, "min_count": 3, "minibatches": 2, "clip": 0.2, "batch_size": 2},
-    "grpo": {"use": "grpo", "spread": "global", "minibatches": 2, "epochs": 2, "beta": 0.1, "clip": 0.2},
+    "grpo": {"use": "grpo", "spread": "global", "minibatches": 2, "epochs": 2, "beta": 0.02, "clip": 0.2},
     "d3po": {"use": "d3po", "group": 4, "pairs": "all", "clip": None, "batch_size": 8},
     "prdp": {"use": "prdp", "beta": 1.0, "eps": 0.2},
     "vard": {"use": "vard", "warmup": 2, "eta": 0.1, "minibatches": 2, "value": {"net": "conv", "width": 8}},
@@ -127,7 +127,7 @@ def whole_run(folder):
 
     place = Path(folder)
     sources = {"prompts.path": str(place / "prompts.txt"), "evaluate.prompts.path": str(place / "heldout.txt")}
-    stop = {"evaluate.stop": {"watch": "reward", "patience": 2}, "method.batch_size": 4}
+    stop = {"evaluate.stop": {"watch": "reward", "patience": 2}, "method.batch_size": 4, "train.learning_rate": 0.03}
     done = start(CONFIG, pipeline=toy_pipeline(size=8), out=str(place / "run"), **sources, **stop)
     assert (done.step, done.kept["step"]) == (6, 6)
 

@@ -136,7 +136,7 @@ def test_a_chain_on_the_command_line(cli, tmp_path):
         (["--steer", "fk", "--rewards", "verifer"], "Did you mean 'verifier'"),
         (["--steer", "fk", "--rewards", "verifier", "--kernel", "dim"], "Expected a kernel"),
         (["--steer", "das", "--rewards", "verifier"], "differentiable reward for DAS but verifier is none"),
-        (["--steer", "reno", "--rewards", "2 * verifier + tiny_clip"], "or one of clip, tiny_clip"),
+        (["--steer", "reno", "--rewards", "2 * verifier + tiny_clip"], "or one of clip, pickscore, hpsv2"),
         (["--steer", "chain", "--rewards", "verifier", "stages=[fk, reno]"], "but verifier is none"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from t2i_align.prompts import read_text
 from t2i_align.runs import write_text
 
 Picture = tuple[str, str, Image.Image]  # title, file name, image
+Shown = tuple[str, Path]  # title, a picture that lies elsewhere
 
 
-def fill_in(docs: Path, begin: str, end: str, parts: Sequence[str | Picture]) -> None:
-    """Replace what stands between two marker lines by paragraphs and pictures, which go to `images/` beside the page.
+def fill_in(docs: Path, begin: str, end: str, parts: Sequence[str | Picture | Shown]) -> None:
+    """Replace what stands between two marker lines by paragraphs and pictures.
+
+    Images go to `images/` beside the page; those that lie elsewhere are linked.
 
     Raises:
         T2IError: the page lacks the markers.
@@ -27,6 +31,10 @@ def fill_in(docs: Path, begin: str, end: str, parts: Sequence[str | Picture]) ->
     for part in parts:
         if isinstance(part, str):
             paragraphs.append(part)
+            continue
+        if len(part) == 2:
+            title, path = part
+            paragraphs.append(f"{title}\n\n![{title}]({os.path.relpath(path, docs.parent)})")
             continue
         title, name, image = part
         (docs.parent / "images").mkdir(exist_ok=True)

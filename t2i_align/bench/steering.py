@@ -174,7 +174,7 @@ class Bench:
         call = call_keywords(pipeline, **CALLS[pipeline])
         steps = call.pop("num_inference_steps")
         if pipeline not in self.loaded:
-            self.loaded[pipeline] = Driver(load_pipeline(pipeline), **call)
+            self.loaded[pipeline] = Driver(load_pipeline(pipeline, channels_last=True), **call)
         driver = self.loaded[pipeline]
         scorer, kernel = self.judge(reward), KERNELS.get(pipeline)
         return Ctx(driver, scorer, steps, kernel, seed, max_batch=MAX_BATCH, decode_batch=DECODE_BATCH)

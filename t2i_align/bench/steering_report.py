@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from scipy.stats import t as student
 
-from t2i_align.bench.pages import Picture, fill_in
+from t2i_align.bench.pages import Picture, Shown, fill_in
 from t2i_align.bench.steering import BUDGETS, GOLD, KINDS
 from t2i_align.report import write_report
 from t2i_align.steering.best_of_n import best_shares
@@ -211,12 +211,13 @@ def write_pages(
         out: folder of the results.
         results: of the cells that are done.
         spreads: by pipeline, of each reward within a prompt.
-        docs: a Markdown file with the two marker lines, or None. Its pictures go to `images/` beside it.
+        docs: a Markdown file with the two marker lines, or None. It links the pictures of `out`.
     """
     lines, proxy = table_lines(results), results[0]["proxy"]
     said = findings(lines, spreads, proxy)
     plot_budgets(lines, out / "gold.png")
-    grids = [(title, Image.open(path).convert("RGB")) for title, path in _grids(out, results)]
+    shown = list(_grids(out, results))
+    grids = [(title, Image.open(path).convert("RGB")) for title, path in shown]
     rows = [cells_of(line) for line in lines]
     facts = {"prompts": len(results[0]["rows"]), "seeds": results[0]["seeds"], "proxy": proxy}
     plot = Image.open(out / "gold.png").convert("RGB")
@@ -224,7 +225,8 @@ def write_pages(
         out / "steering.html", "bench_steering.html", rows=rows, findings=said, plot=plot, grids=grids, **facts
     )
     if docs is not None:
-        _write_docs(docs, lines, said, plot, grids)
+        parts: list[str | Picture | Shown] = [markdown_table(lines), ("Gold against cost", out / "gold.png")]
+        fill_in(docs, BEGIN, END, [*parts, "\n".join(f"- {text}" for text in said), *shown])
     return said
 
 
@@ -239,12 +241,3 @@ def _grids(out: Path, results: Sequence[Result]) -> Iterator[tuple[str, Path]]:
             budget = "" if result["budget"] is None else f", {result['budget']}x"
             label = result["label"] or result["method"]
             yield f"{result['pipeline']}: {label} by {result['reward']}{budget}", out / result["cell"] / "best.png"
-
-
-def _write_docs(
-    docs: Path, lines: Sequence[Line], said: Sequence[str], plot: Image.Image, grids: Sequence[tuple[str, Image.Image]]
-) -> None:
-    parts: list[str | Picture] = [markdown_table(lines), ("Gold against cost", "steering-gold.png", plot)]
-    parts.append("\n".join(f"- {text}" for text in said))
-    parts += [(title, f"steering-{number:02d}.png", grid) for number, (title, grid) in enumerate(grids)]
-    fill_in(docs, BEGIN, END, parts)

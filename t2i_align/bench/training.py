@@ -172,7 +172,7 @@ class Bench:
         path = self.out / "base.json"
         if path.is_file():
             return self._known(path)
-        made, pictures = self.measure(load_pipeline(PIPELINE))
+        made, pictures = self.measure(load_pipeline(PIPELINE, channels_last=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(pictures, path.parent / "base.png")
         result = {"prompts": self.prompts, "scores": made, "environment": environment()}
@@ -195,7 +195,7 @@ class Bench:
             return None
         self.base()
         result = self._describe(cell, config)
-        pipe = load_pipeline(PIPELINE)
+        pipe = load_pipeline(PIPELINE, channels_last=True)
         with arms(pipe, done.folder / LORA) as contexts, contexts["tuned"]:
             result["scores"], pictures = self.measure(pipe, SPLITS[:1] if cell.label else SPLITS)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from scipy.stats import t as student
 
-from t2i_align.bench.pages import Picture, fill_in
+from t2i_align.bench.pages import Picture, Shown, fill_in
 from t2i_align.bench.recipes import REWARDS
 from t2i_align.bench.steering_report import Estimate, estimate
 from t2i_align.bench.training import EACH, SAMPLERS, WORST
@@ -249,7 +249,7 @@ def write_pages(out: Path, results: Sequence[Result], base: Result, docs: Path |
         **facts,
     )
     if docs is not None:
-        parts: list[str | Picture] = [markdown(rows), "\n".join(f"- {text}" for text in said)]
+        parts: list[str | Picture | Shown] = [markdown(rows), "\n".join(f"- {text}" for text in said)]
         parts.append(("Reward and gold against images", "training-curves.png", plot))
         parts += [(title, f"training-{at:02d}.png", grid) for at, (title, grid) in enumerate(grids)]
         parts += ["What was tried on the way:", markdown(tries)] if tries else []

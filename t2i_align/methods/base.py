@@ -133,13 +133,13 @@ class OnPolicy(Method):
 
     def state(self) -> dict[str, Any]:
         """The multipliers of a reward under constraints."""
-        reward = self.tools.reward
+        reward = self.tools.scorer
         return {"multipliers": reward.multipliers.state_dict()} if isinstance(reward, Limited) else {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from them."""
-        if isinstance(self.tools.reward, Limited):
-            self.tools.reward.multipliers.load_state_dict(state["multipliers"])
+        if isinstance(self.tools.scorer, Limited):
+            self.tools.scorer.multipliers.load_state_dict(state["multipliers"])
 
     def report(self, batch: Any) -> dict[str, float]:
         """Rewards of a round: their mean and those of their parts, their spread within prompts (DDPO: in all)."""
@@ -152,8 +152,8 @@ class OnPolicy(Method):
             seen |= {f"reward/{name}": values.double().nanmean() for name, values in parts.items()}
         if data.scores.std is not None:
             seen |= {"reward_std": data.scores.std.double().nanmean(), "trust": data.trust.mean()}
-        if isinstance(self.tools.reward, Limited):
-            held = zip(self.tools.reward.constraints, self.tools.reward.multipliers(), strict=True)
+        if isinstance(self.tools.scorer, Limited):
+            held = zip(self.tools.scorer.constraints, self.tools.scorer.multipliers(), strict=True)
             seen |= {f"multiplier/{limit.scorer.name}": value for limit, value in held}
         counts = {"images": len(total), "invalid": int(total.isnan().sum())}
         return {name: float(value) for name, value in seen.items()} | counts

@@ -133,7 +133,8 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     check_prompts([judges.reward] if judges.reward else [], pool.prompts)
     check_prompts(list(judges.scorers.values()), held_out)
     model, e = config.model, config.evaluate
-    pipe = pipeline or load_pipeline(model.use, device=device, **model.options())
+    layout = device.type == "cpu" and config.policy.use == "lora"
+    pipe = pipeline or load_pipeline(model.use, device=device, channels_last=layout, **model.options())
     call = call_keywords(pipeline or model.use, None, model.guidance, **model.call)
     call.pop("num_inference_steps", None)  # the method's own
     evaluation_call = call_keywords(pipeline or model.use, e.steps, e.guidance, **model.call)
