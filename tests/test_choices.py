@@ -223,7 +223,7 @@ def test_two_rounds_by_the_command_line(rounds, cli, monkeypatch):
     assert rows[-1]["gap"] != 0
     card = Path("run1/README.md").read_text()
     assert "on a person's choices in `round1`" in card
-    assert "None of these scorers was trained on" in card
+    assert "None of these was trained on." in card
 
     code, _, err = cli(*words("round2", "--lora", "run1/lora", "--seed", 1))
     assert code == 0, err

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from t2i_align.config import ConfigError, Settings, TrainConfig, load_config
@@ -179,5 +180,7 @@ def test_ready_recipes_are_valid_and_open_with_their_command():
         assert str(path.relative_to(root)) in path.read_text().splitlines()[0]
         if path.stem in METHODS:
             assert load_run(path).method["use"] == path.stem
+        elif path.stem == "d3po-choices":  # valid with a folder of choices alone: tests/test_choices.py runs it
+            assert yaml.safe_load(path.read_text())["method"]["use"] == "d3po"
         else:
             assert load_config(DiffusionRecipe, path).train.learning_rate == DiffusionRecipe().train.learning_rate
