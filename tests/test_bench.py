@@ -86,7 +86,7 @@ def test_a_cell_is_run_once_and_shown(tmp_path):
     assert [line.label for line in lines] == ["base", "fk-diff", "best_of_n"]
     docs = tmp_path / "page.md"
     docs.write_text(f"before\n{BEGIN}\nstale words\n{END}\nafter\n")
-    write_pages(tmp_path, results, {"tiny-sd": base["spreads"]}, docs)
+    write_pages(tmp_path, results, docs)
     text = docs.read_text()
     assert text.startswith("before")
     assert text.endswith("after\n")
@@ -95,7 +95,7 @@ def test_a_cell_is_run_once_and_shown(tmp_path):
     assert (tmp_path / "steering.html").read_text().count("data:image/png") >= 2
     docs.write_text("no markers")
     with pytest.raises(T2IError, match="Expected .*page.md to have the lines"):
-        write_pages(tmp_path, results, {"tiny-sd": base["spreads"]}, docs)
+        write_pages(tmp_path, results, docs)
 
 
 def test_the_verb_lists_its_cells(cli, tmp_path):

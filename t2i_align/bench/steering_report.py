@@ -19,6 +19,7 @@ from t2i_align.steering.best_of_n import best_shares
 
 BEGIN, END = "<!-- steering bench: begin -->", "<!-- steering bench: end -->"
 SCALES = ("gold", "proxy")
+SPREAD = "spread"  # of the proxy within a prompt, known of the base
 
 Result = dict[str, Any]
 
@@ -98,11 +99,17 @@ def _best_of_n_lines(result: Result, first: bool) -> Iterator[Line]:
         return Line(result["pipeline"], label, reward, budget, *spent, {**values, "diversity": nowhere}, whole.kinds)
 
     if first:
-        yield part("base", "-", "1x", 1)
+        base = part("base", "-", "1x", 1)
+        yield base._replace(values={**base.values, SPREAD: [_spread(row) for row in result["rows"]]})
     for budget in BUDGETS:
         if budget < samples:
             yield part("best_of_n", result["reward"], f"{budget}x", budget)
     yield whole
+
+
+def _spread(row: Mapping[str, Any]) -> float:
+    """The proxy's standard deviation among plain samples of a prompt with one seed; root mean square over seeds."""
+    return math.sqrt(fmean(stdev(values) ** 2 for values in row["all_proxy"]))
 
 
 def _subset_best(row: Mapping[str, Any], result: Result, name: str, n: int) -> float:
@@ -136,7 +143,7 @@ def cells_of(line: Line) -> dict[str, str]:
     return shown | {"diversity": "-" if math.isnan(diversity.mean) else str(diversity)}
 
 
-def findings(lines: Sequence[Line], spreads: Mapping[str, Mapping[str, float]], proxy: str) -> list[str]:
+def findings(lines: Sequence[Line], proxy: str) -> list[str]:
     """What was expected of the bench, and whether it came."""
     said = []
     for kind, what in zip(KINDS, ("two-object", "count"), strict=True):
@@ -144,11 +151,12 @@ def findings(lines: Sequence[Line], spreads: Mapping[str, Mapping[str, float]], 
     base = {line.pipeline: line for line in lines if line.label == "base"}
     for line in lines:
         if line.label == "reno" and line.pipeline in base:
-            spread = spreads[line.pipeline][proxy]
-            gains = _differences(line, base[line.pipeline], "proxy")
-            share = fmean(gain >= spread for gain in gains)
+            plain = base[line.pipeline]
+            gains = zip(_differences(line, plain, "proxy"), plain.values[SPREAD], strict=True)
+            share = fmean(gain >= spread for gain, spread in gains)
             said.append(
-                f"reno ({line.charge:.0f}x) raises the proxy by one within-prompt sd on {share:.0%} of prompts."
+                f"reno ({line.charge:.0f}x) raises the proxy by one standard deviation of a prompt's own samples on "
+                f"{share:.0%} of prompts."
             )
     for line in lines:
         if line.reward == proxy and line.pipeline in base:
@@ -202,19 +210,16 @@ def plot_budgets(lines: Sequence[Line], path: Path) -> None:
     figure.savefig(path)
 
 
-def write_pages(
-    out: Path, results: Sequence[Result], spreads: Mapping[str, Mapping[str, float]], docs: Path | None
-) -> list[str]:
+def write_pages(out: Path, results: Sequence[Result], docs: Path | None) -> list[str]:
     """Write the plot and `steering.html` into `out`, and the generated part of `docs`; return the findings.
 
     Args:
         out: folder of the results.
         results: of the cells that are done.
-        spreads: by pipeline, of each reward within a prompt.
         docs: a Markdown file with the two marker lines, or None. It links the pictures of `out`.
     """
     lines, proxy = table_lines(results), results[0]["proxy"]
-    said = findings(lines, spreads, proxy)
+    said = findings(lines, proxy)
     plot_budgets(lines, out / "gold.png")
     shown = list(_grids(out, results))
     grids = [(title, Image.open(path).convert("RGB")) for title, path in shown]

@@ -58,8 +58,7 @@ def steering(
         raise T2IError("None of the cells could be run.")
     from t2i_align.bench.steering_report import write_pages
 
-    spreads = {name: work.base(name)["spreads"] for name in {result["pipeline"] for result in results}}
-    for line in write_pages(out, results, spreads, docs):
+    for line in write_pages(out, results, docs):
         print(line)
     print(json.dumps({"cells": len(results), "page": str(out / "steering.html")}))
 
