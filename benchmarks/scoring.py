@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from t2i_align.rewards import Scorer, encoders
 from t2i_align.rewards.clip import CLIP
-from t2i_align.rewards.tower import Preprocessing, Tower, TowerSpec
+from t2i_align.rewards.tower import CPU_PIXELS, Preprocessing, Tower, TowerSpec
 from t2i_align.scoring import Row, open_rows, score_file
 
 MODELS = ("ViT-L-14", "ViT-H-14")
@@ -98,7 +98,8 @@ class Cases:
 
     @torch.no_grad()
     def bare(self):
-        parts = [encoders.open_clip_image(self.tower.network, part) for part in self.batch.split(self.size)]
+        together = CPU_PIXELS // self.batch[0, 0].numel() if self.device == "cpu" else self.size
+        parts = [encoders.open_clip_image(self.tower.network, part) for part in self.batch.split(together)]
         image = F.normalize(torch.cat(parts), dim=-1)
         text = F.normalize(encoders.open_clip_text(self.tower.network, self.tokens), dim=-1)
         return image.mm(text.T).max().item()
