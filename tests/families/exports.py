@@ -28,7 +28,7 @@ def text_to_image() -> dict[str, type]:
     for name in dir(d):
         if not name.endswith("Pipeline") or OTHER_TASKS.search(name):
             continue
-        if name.startswith("Onnx"):  # has no torch networks; exported where onnxruntime is installed
+        if "Onnx" in name:  # has no torch networks; exported where onnxruntime is installed
             continue
         try:
             made = getattr(d, name)
