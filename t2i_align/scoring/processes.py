@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,4 +63,5 @@ class Processes:
 
         if not distributed.is_initialized():  # gloo: only a few words are exchanged, wherever the models are
             distributed.init_process_group("gloo", timeout=PATIENCE)
+            atexit.register(distributed.destroy_process_group)  # its threads must not outlive the interpreter
         return distributed
