@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_align.config import find_class
@@ -68,36 +69,45 @@ SCORERS = {
 
 
 def scorer_class(name: str) -> type[Scorer]:
-    """The class behind a name of the table, or behind `package.module:Class`.
+    """The class behind a name of the table, behind `package.module:Class`, or of a folder with a trained scorer.
 
     Raises:
         RewardError: no such scorer; the message has the nearest name and the list.
     """
+    if name.lower().replace("-", "_") not in SCORERS and Path(name).is_dir():
+        from t2i_align.rewards.trained import FACTS, find_folder, open_class
+
+        folder = find_folder(name)
+        if folder is None:
+            raise RewardError(f"Expected {name} to be the folder of a trained scorer but it has no {FACTS}.")
+        return open_class(folder)
     return find_class(name, SCORERS, "scorer", "t2i_align.rewards.base:Scorer", RewardError)
 
 
-def check_reward(spec: str | Mapping[str, Any]) -> Node:
-    """Read a reward's text or mapping form and make sure that all of it exists, without loading weights.
+def check_reward(spec: str | Path | Mapping[str, Any]) -> Node:
+    """Read a reward's text or mapping form, or a folder, and make sure that all of it exists; loads no weights.
 
     Raises:
         RewardError: not an expression, an unknown scorer, function or option, or a scorer that cannot work here.
     """
-    node = read_reward(spec)
+    is_folder = isinstance(spec, Path) or (isinstance(spec, str) and spec not in SCORERS and Path(spec).is_dir())
+    node = str(spec) if is_folder else read_reward(spec)  # type: ignore[arg-type]
     check_node(node, scorer_class)
     return node
 
 
 def load_reward(
-    spec: str | Mapping[str, Any] | Scorer | Callable[..., Any],
+    spec: str | Path | Mapping[str, Any] | Scorer | Callable[..., Any],
     device: Any = None,
     base: Reference | str | None = None,
 ) -> Scorer:
     """Make a scorer.
 
     Args:
-        spec: a name; a sum or function such as `"2 * verifier - 0.1 * jpeg_incompressibility"` or
-            `"lcb(a, b, k=1)"`; a mapping of names to weights or blocks (`expression.read_reward`); a callable
-            `f(images, prompts) -> (B,)`; or a `Scorer`, which is returned as it is.
+        spec: a name; the folder of a trained scorer or of the run that made it; a sum or function such as
+            `"2 * verifier - 0.1 * jpeg_incompressibility"` or `"lcb(a, b, k=1)"`; a mapping of names to weights or
+            blocks (`expression.read_reward`); a callable `f(images, prompts) -> (B,)`; or a `Scorer`, which is returned
+            as it is.
         device: where its networks go.
         base: what functions such as `calibrated` compare with: a `Reference`, or the alias or folder of a pipeline
             for which `t2i-align rewards calibrate` was run.
@@ -110,13 +120,13 @@ def load_reward(
 
     if isinstance(spec, Scorer):
         scorer = spec
-    elif isinstance(spec, (str, Mapping)):
+    elif isinstance(spec, (str, Path, Mapping)):
         scorer = Builder(scorer_class, base).build(check_reward(spec))
     elif callable(spec):
         scorer = FunctionScorer(spec)
     else:
         raise RewardError(
-            f"Expected a reward to be a name, a sum, a mapping, a Scorer or a callable but got {spec!r:.80}."
+            f"Expected a reward to be a name, a folder, a sum, a mapping, a Scorer or a callable but got {spec!r:.80}."
         )
     scorer.eval().requires_grad_(False)
     return scorer if device is None else scorer.to(device)

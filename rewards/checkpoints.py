@@ -63,7 +63,7 @@ def _open(spec: TowerSpec) -> Tower:
 def _open_clip(spec: TowerSpec) -> Tower:
     import open_clip
 
-    quick = _needs_quick_gelu(spec)
+    quick = needs_quick_gelu(spec)
     network = open_clip.create_model(
         spec.name, pretrained=spec.weights or None, force_quick_gelu=quick, require_pretrained=True
     )
@@ -89,7 +89,7 @@ def _open_clip(spec: TowerSpec) -> Tower:
     )  # fmt: skip
 
 
-def _needs_quick_gelu(spec: TowerSpec) -> bool:
+def needs_quick_gelu(spec: TowerSpec) -> bool:
     """Whether weights of open_clip's table were trained with x * sigmoid(1.702 x), as OpenAI's were.
 
     open_clip builds exact GELU for its plain model names and only warns; the features would be wrong.

@@ -48,11 +48,15 @@ class Preprocessing(NamedTuple):
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, *size), normalised, differentiable."""
-        images = self._fit(images)
+        return self.normalise(self.fit(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the mean of each channel and divide by its standard deviation."""
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 
-    def _fit(self, images: Tensor) -> Tensor:
+    def fit(self, images: Tensor) -> Tensor:
+        """Resized, cropped or padded to (B, 3, *size), still in [0, 1] but for what an interpolation overshoots."""
         height, width = images.shape[-2:]
         if self.resize == "none" or ((height, width) == self.size and not self.before_crop):
             return images
@@ -92,13 +96,14 @@ class TowerSpec(NamedTuple):
     `name`: an open_clip model name, `local-dir:FOLDER`, `hf-hub:REPO`, or the folder or hub id of a transformers
     `CLIPModel`. `weights`: open_clip's tag or checkpoint file for a model name. `processor`: folder or hub id of
     tokenizer and image processor, where a transformers checkpoint has none; `clip` for those that all
-    published CLIPs share. `preprocessing`: instead of its own.
+    published CLIPs share. `preprocessing`: instead of its own. `adapter`: a LoRA that was added to its weights.
     """
 
     name: str
     weights: str = ""
     processor: str = ""
     preprocessing: Preprocessing | None = None
+    adapter: str = ""
 
 
 class Tower(nn.Module):

@@ -74,7 +74,7 @@ def load_config(cls: type[T], source: str | Path | Mapping[str, Any] | None, ove
     Raises:
         ConfigError: with one line per problem: unknown keys (with the nearest known one), wrong types, missing values.
     """
-    data = _over(_default_blocks(cls), _read(source))
+    data = _over(_default_blocks(cls), read_mapping(source))
     problems: list[str] = []
     for word in overrides:
         name, equals, value = word.partition("=")
@@ -151,7 +151,8 @@ for _reader_or_writer in (_Loader, _Dumper):
     )
 
 
-def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+def read_mapping(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The content of a YAML file, or a copy of a mapping. Raises ConfigError where it is none."""
     if source is None:
         return {}
     if isinstance(source, Mapping):

@@ -12,11 +12,12 @@ from t2i_align.config import load_config
 from t2i_align.pipelines import load_pipeline
 from t2i_align.playground.grammar import parse
 from t2i_align.playground.judged import Judged, Style, distinct_prompts, judge_samples
-from t2i_align.playground.pick import PickRecipe, bradley_terry, noisy_labels, train_pick
+from t2i_align.playground.pick import PickRecipe, train_pick
 from t2i_align.playground.proxies import FACTS, agreement, measure_proxy, mistakes
 from t2i_align.playground.world import sample_scenes, split_of
 from t2i_align.rewards import load_reward
 from t2i_align.rewards.tiny import CLIP_FOLDER, PICK_FOLDER, TinyPick
+from t2i_align.scorer_training.losses import bradley_terry, noisy_labels
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,25 @@ def evaluate(
     print(f"open {out / 'index.html'}")
 
 
+@rewards.command()
+def average(
+    folders: Annotated[list[Path], Argument(help="Trained scorers, or the runs that made them.")],
+    out: Annotated[Path, Option(help="Folder of the result; new.")],
+) -> None:
+    """Make one scorer whose weights are the mean of those of scorers that were trained from one start (WARM)."""
+    from t2i_align.errors import T2IError
+    from t2i_align.rewards.trained import average_scorers, find_folder
+
+    found = [find_folder(folder) for folder in folders]
+    for folder, place in zip(folders, found, strict=True):
+        if place is None:
+            raise T2IError(f"Expected {folder} to be the folder of a trained scorer or of its run but it is none.")
+    if out.exists():
+        raise T2IError(f"Expected {out} to be new but it exists: choose another folder.")
+    average_scorers([place for place in found if place is not None], out)
+    print(f"load_reward({str(out)!r}) opens the mean of {len(found)} scorers")
+
+
 def _lines(value: Any) -> list[str]:
     """What a person reads of a fact: of files, one block a file."""
     if not isinstance(value, list):

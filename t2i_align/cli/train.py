@@ -1,10 +1,10 @@
-"""`t2i-align train`: a config -> a trained LoRA, with everything that was measured on the way."""
+"""`t2i-align train`: a config -> a trained LoRA, or a trained scorer, with everything that was measured on the way."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -24,10 +24,16 @@ def train(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing run.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train a pipeline on a reward.
+    """Train a pipeline on a reward, or, by a config with the block `scorer`, a scorer on preferences or scores.
 
     Several processes share the work under `accelerate launch -m t2i_align train ...` or `torchrun -m t2i_align ...`.
     """
+    from t2i_align.scorer_training.blocks import is_scorer_run
+
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "minutes": minutes}
+    if is_scorer_run(config, overrides or []):
+        _train_scorer(config, overrides or [], dry_run, as_json, options)
+        return
     from t2i_align.training.blocks import load_run
 
     run = load_run(config, overrides or [])
@@ -46,7 +52,7 @@ def train(
         else:
             print_table(plan.rows())
         return
-    done = start(run, resume=resume, overwrite=overwrite, minutes=minutes)
+    done = start(run, **options)
     if not World.join().first:
         return
     kept = {name: value for name, value in done.kept.items() if name != "scores"}
@@ -56,3 +62,31 @@ def train(
     result = done.folder / (LORA if run.policy.use == "lora" else MODEL)
     print(f"{done.step} updates; the weights of step {kept['step']} are in {result}")
     print(f"open {done.folder / 'README.md'} for the scores before and after")
+
+
+def _train_scorer(config: Path, overrides: list[str], dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
+    from t2i_align.scorer_training.blocks import load_scorer_run
+
+    run = load_scorer_run(config, overrides)
+
+    from t2i_align.cli.tables import print_table
+    from t2i_align.rewards.trained import RUN
+    from t2i_align.scorer_training.run import make_plan, train_scorer
+
+    if dry_run:
+        plan = make_plan(run)
+        if as_json:
+            print(json.dumps(plan))
+        else:
+            print_table([{"what": name, "value": text} for name, text in plan.items()])
+        return
+    done = train_scorer(run, **options)
+    if as_json:
+        print(json.dumps(done._asdict() | {"folder": str(done.folder)}))
+        return
+    if not done.finished:
+        print(f"stopped at step {done.step} of {run.train.steps} in {done.folder}; --resume goes on")
+        return
+    print_table([{"scorer": name, **row} for name, row in done.measured.items()])
+    print(f"{done.step} updates; load_reward({str(done.folder / RUN)!r}) opens the scorer")
+    print(f"open {done.folder / 'README.md'} for the numbers before and after")

@@ -59,6 +59,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "ImageReward test.json": {"prompt": "prompt", "images": "generations", "ranks": "ranking"},
     "ImageRewardDB": {"prompt": "prompt", "group": "prompt_id", "image": "image", "rank": "rank"},
     "liked images": {"prompt": "prompt", "image": "image", "label": "label"},
+    "scored images": {"prompt": "prompt", "image": "image", "label": "score"},
 }
 
 

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
 from t2i_align.data.preferences import Preferences, Ranking
-from t2i_align.playground.world import sample_scenes
+from t2i_align.playground.world import Split, sample_scenes
 from t2i_align.rewards import load_reward
 
 IMAGES = 4  # of a prompt: its own scene, and three that no other prompt ranks
 
 
+def draw_rankings(
+    prompts: int, seed: int = 0, split: Split = "heldout", images: int = IMAGES
+) -> list[tuple[str, list[Image.Image], list[float]]]:
+    """Prompts, each with its own and other scenes, and the share of the prompt's facts that hold in each."""
+    scenes = list(sample_scenes(prompts * images, seed, split))
+    gold = load_reward("verifier")
+    found = []
+    for first in range(0, len(scenes), images):
+        prompt, pictures = str(scenes[first].caption), [scene.render() for scene in scenes[first : first + images]]
+        found.append((prompt, pictures, gold.scores(pictures, prompt).total.tolist()))
+    return found
+
+
 def draw_preferences(folder: Path, prompts: int, seed: int = 0) -> Preferences:
     """Draw held-out scenes into a folder; a prompt ranks its own and three others by the share of facts that hold."""
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = list(sample_scenes(prompts * IMAGES, seed, "heldout"))
-    pictures = [scene.render() for scene in scenes]
-    files = [folder / f"{number:05d}.png" for number in range(len(scenes))]
-    for picture, file in zip(pictures, files, strict=True):
-        picture.save(file)
-    gold = load_reward("verifier")
     rankings = []
-    for first in range(0, len(scenes), IMAGES):
-        prompt, rows = str(scenes[first].caption), range(first, first + IMAGES)
-        merits = gold.scores([pictures[row] for row in rows], prompt).total.tolist()
-        rankings.append(Ranking(prompt, tuple(str(files[row]) for row in rows), tuple(merits)))
+    for number, (prompt, pictures, merits) in enumerate(draw_rankings(prompts, seed)):
+        files = [folder / f"{number * IMAGES + n:05d}.png" for n in range(len(pictures))]
+        for picture, file in zip(pictures, files, strict=True):
+            picture.save(file)
+        rankings.append(Ranking(prompt, tuple(map(str, files)), tuple(merits)))
     return Preferences(tuple(rankings))

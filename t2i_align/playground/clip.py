@@ -32,6 +32,7 @@ from t2i_align.playground.measure import false_caption
 from t2i_align.playground.tokenizer import build_tokenizer
 from t2i_align.progress import Progress
 from t2i_align.runs import write_text
+from t2i_align.scorer_training.method import disturb
 from t2i_align.training import Ctx, Method, State, Term, fit
 
 CONTEXT = 16  # tokens; the longest caption of the grammar takes 14
@@ -130,12 +131,6 @@ class Tokens:
             ids = self.tokenizer(new, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt")
             self.known |= dict(zip(new, ids.input_ids, strict=True))
         return torch.stack([self.known[text] for text in texts])
-
-
-def disturb(images: Tensor, most: float, rng: torch.Generator) -> Tensor:
-    """Add noise of a standard deviation drawn per picture from [0, most]; images (B, 3, H, W) in [0, 1]."""
-    sd = most * torch.rand(len(images), 1, 1, 1, generator=rng)
-    return (images + sd * torch.randn(images.shape, generator=rng)).clamp(0, 1)
 
 
 def normalise(images: Tensor) -> Tensor:

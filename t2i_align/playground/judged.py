@@ -16,11 +16,13 @@ from t2i_align.playground.world import Split, sample_scene
 from t2i_align.progress import Progress
 from t2i_align.prompts import Prompts
 from t2i_align.rewards.verifier import report
+from t2i_align.scorer_training.data import Examples
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 CHUNK = 16  # prompts per file
+PICTURES, STEPS, GUIDANCE = 8, 25, 1.5  # of a held-out prompt, as a user of tiny-sd would draw them
 
 
 class Style(NamedTuple):
@@ -29,6 +31,9 @@ class Style(NamedTuple):
     steps: int
     guidance: float
     pictures: int
+
+
+STYLES = (Style(12, 1.5, 2), Style(12, 3.0, 1), Style(8, 1.0, 3))  # pictures that differ in what is wrong with them
 
 
 class Judged(NamedTuple):
@@ -42,6 +47,22 @@ class Judged(NamedTuple):
         """Pictures of some prompts: (P, K, 3, 64, 64) in [0, 1]."""
         pixels = torch.from_numpy(self.pixels[rows.numpy() if isinstance(rows, Tensor) else rows])
         return pixels.permute(0, 1, 4, 2, 3).contiguous().float() / 255
+
+
+def to_examples(judged: Judged) -> Examples:
+    """Rankings of the pictures of each prompt by gold."""
+    count, number = judged.gold.shape
+    images = tuple(tuple(range(row * number, (row + 1) * number)) for row in range(count))
+    merits = tuple(map(tuple, judged.gold.astype(float).tolist()))
+    return Examples(tuple(judged.prompts), images, merits, judged.pixels.reshape(-1, *judged.pixels.shape[2:]))
+
+
+def preference_samples(prompts: int, seed: int, split: Split, folder: Path) -> Judged:
+    """tiny-sd's pictures of a split's captions: of the train split in `STYLES`, of the held-out one as users draw."""
+    from t2i_align.pipelines import load_pipeline
+
+    styles = STYLES if split == "train" else (Style(STEPS, GUIDANCE, PICTURES),)
+    return judge_samples(load_pipeline("tiny-sd"), distinct_prompts(prompts, seed, split), styles, seed, folder)
 
 
 def distinct_prompts(n: int, seed: int, split: Split) -> list[str]:

@@ -4,34 +4,36 @@ Bradley-Terry as in PickScore (arXiv 2305.01569): P(a over b) = sigmoid(s_a - s_
 pictures of one prompt the verifier prefers the one with more facts right; a fifth of the labels is turned round, so
 that the model is wrong in places, as models of human preferences are. Three siblings on the frozen tower, each a
 weighting of the dimensions of cos learnt on its own bootstrap sample of the prompts, tell how sure it is.
+
+The training is that of any scorer (`t2i_align/scorer_training`); `configs/scorer/tiny_pick.yaml` and
+`tiny_pick_siblings.yaml` are this recipe as two runs of `t2i-align train`. Here the result is written in fp16.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.model import CLIP
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from t2i_align.config import Settings, TrainConfig
-from t2i_align.keys import generator
-from t2i_align.playground.clip import Tokens, disturb, normalise, save_weights
+from t2i_align.playground.clip import save_weights
 from t2i_align.playground.data import pick_rows
-from t2i_align.playground.judged import Judged, Style
+from t2i_align.playground.judged import Judged, to_examples
+from t2i_align.rewards.clip import CLIP
+from t2i_align.rewards.heads import Cosine
 from t2i_align.rewards.tiny import SIBLINGS
-from t2i_align.training import Ctx, Method, State, Term, fit
-
-STYLES = (Style(12, 1.5, 2), Style(12, 3.0, 1), Style(8, 1.0, 3))  # pictures that differ in what is wrong with them
+from t2i_align.rewards.tower import Tower
+from t2i_align.scorer_training.blocks import ScorerBlock
+from t2i_align.scorer_training.data import Examples, bootstrap
+from t2i_align.scorer_training.method import ScorerTraining
+from t2i_align.scorer_training.model import Model
+from t2i_align.training import State, fit
 
 
 class PickRecipe(Settings):
@@ -60,105 +62,35 @@ class PickRecipe(Settings):
     )
 
 
-def noisy_labels(gold: Tensor, noise: float, seed: int) -> Tensor:
-    """Preferences (P, K, K) in {-1, 0, 1}: +1 where picture i of a prompt is labelled better than j, 0 for ties.
-
-    A share `noise` of the pairs is turned round: always the same pairs for a seed.
-    """
-    better = (gold[:, :, None] - gold[:, None, :]).sign()
-    turned = torch.rand(better.shape, generator=generator(seed, "label noise")) < noise
-    upper = torch.where(turned, -better, better).triu(1)
-    return upper - upper.transpose(1, 2)
-
-
-def bradley_terry(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood, summed over the pairs of each prompt, and how many pairs: both (..., P).
-
-    Args:
-        scores: (..., P, K).
-        labels: (P, K, K) of `noisy_labels`.
-    """
-    margins = labels * (scores[..., :, None] - scores[..., None, :])
-    counted = labels.triu(1) != 0
-    return -(F.logsigmoid(margins) * counted).sum((-2, -1)), counted.sum((-2, -1))
-
-
-class PreferenceTraining(Method):
-    """Fine-tune the whole CLIP on pairs of pictures; batch norm keeps tiny_clip's statistics."""
-
-    def __init__(self, model: CLIP, samples: Judged, recipe: PickRecipe) -> None:
-        super().__init__()
-        self.model, self.samples, self.noise = model, samples, recipe.noise
-        self.labels = noisy_labels(torch.from_numpy(samples.gold), recipe.label_noise, recipe.train.seed)
-        self.tokens = Tokens()
-
-    def train(self, mode: bool = True) -> PreferenceTraining:
-        super().train(mode)
-        self.model.eval()
-        return self
-
-    def collect(self, ctx: Ctx, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B K, 3, 64, 64), token ids (B, context), labels (B, K, K)."""
-        images = self.samples.images(rows).flatten(0, 1)
-        images = normalise(disturb(images, self.noise, ctx.generator("noise")))
-        tokens = self.tokens([self.samples.prompts[row] for row in rows.tolist()])
-        return images.to(ctx.device), tokens.to(ctx.device), self.labels[rows].to(ctx.device)
-
-    def losses(self, ctx: Ctx, batch: tuple[Tensor, Tensor, Tensor]) -> Iterator[Term]:
-        images, tokens, labels = batch
-        image = self.model.encode_image(images, normalize=True).float()
-        text = self.model.encode_text(tokens, normalize=True).float()
-        scores = self.model.logit_scale.exp() * torch.einsum("pkd,pd->pk", image.unflatten(0, labels.shape[:2]), text)
-        loss, pairs = bradley_terry(scores, labels)
-        margins = (labels * (scores[:, :, None] - scores[:, None, :]))[labels != 0]
-        yield Term(loss.sum() / pairs.sum().clamp(min=1), {"agrees": (margins > 0).float().mean()})
-
-
-class SiblingTraining(Method):
-    """Learn the heads on frozen features, all prompts at once; each counts them as its bootstrap sample does."""
-
-    def __init__(self, image: Tensor, text: Tensor, scale: float, labels: Tensor, recipe: PickRecipe) -> None:
-        super().__init__()
-        self.products, self.scale, self.labels = image * text[:, None], scale, labels  # (P, K, D)
-        self.heads = nn.Parameter(torch.ones(recipe.siblings, text.shape[-1]))
-        prompts = len(labels)
-        drawn = [
-            torch.randint(prompts, (prompts,), generator=generator(recipe.train.seed, "bootstrap", n))
-            for n in range(recipe.siblings)
-        ]
-        self.counts = torch.stack([rows.bincount(minlength=prompts) for rows in drawn])  # (siblings, P)
-
-    def losses(self, ctx: Ctx, batch: None) -> Iterator[Term]:
-        scores = self.scale * torch.einsum("pkd,nd->npk", self.products, self.heads)
-        loss, pairs = bradley_terry(scores, self.labels)
-        yield Term((self.counts * loss).sum() / (self.counts * pairs).sum(), {"spread": scores.std(0).mean()})
-
-
-@torch.no_grad()
-def features(model: CLIP, samples: Judged) -> tuple[Tensor, Tensor]:
-    """Unit vectors of all pictures (P, K, D) and prompts (P, D)."""
-    image = [
-        model.encode_image(normalise(samples.images(slice(first, first + 16)).flatten(0, 1)), normalize=True)
-        for first in range(0, len(samples.prompts), 16)
-    ]
-    text = model.encode_text(Tokens()(samples.prompts), normalize=True)
-    return torch.cat(image).unflatten(0, samples.gold.shape), text
-
-
 def train_pick(recipe: PickRecipe, clip: Path, samples: Judged, folder: Path, **options: Any) -> State:
     """Fine-tune the CLIP in `clip`, train the siblings, write `folder/tiny-pick`, fp16 (options: of `fit`)."""
-    seed = recipe.train.seed
-    model = open_clip.create_model(f"local-dir:{clip}")
-    nn.init.constant_(model.logit_scale, math.log(recipe.scale))
-    method = PreferenceTraining(model, samples, recipe)
-    rows = partial(pick_rows, len(samples.prompts), recipe.batch, seed)
-    state = fit(method, rows, recipe.train, folder, **options)
+    seed, examples = recipe.train.seed, to_examples(samples)
+    tower = CLIP(f"local-dir:{clip}").tower
+    width = tower.text_features([""]).shape[1]
+    model = Model(tower, Cosine(width, recipe.scale), ScorerBlock(train="full"))
+    noise = {"noise": recipe.noise, "label_noise": recipe.label_noise, "seed": seed}
+    method = ScorerTraining(model, examples, ties="drop", **noise)  # type: ignore[arg-type]
+    rows = partial(pick_rows, len(examples), recipe.batch, seed)
+    state = fit(method, lambda step: rows(step).tolist(), recipe.train, folder, **options)
+    made = folder / "tiny-pick"
     with state.averaged():
-        image, text = features(model, samples)
-        heads = SiblingTraining(image, text, float(model.logit_scale.exp().detach()), method.labels, recipe)
-        fit(heads, lambda step: None, recipe.train_siblings, folder / "siblings", resume=options.get("resume", False))
-        made = folder / "tiny-pick"
+        model.save(folder / "scorer", "tiny_pick", {"use": "tiny_clip", "options": {}}, "preferences")
         shutil.copytree(clip, made, ignore=shutil.ignore_patterns("card.json"), dirs_exist_ok=True)
-        save_weights(model, made)
-        save_file({"heads": heads.heads.detach().half()}, made / SIBLINGS)
+        save_weights(model.network, made)  # type: ignore[arg-type]
+    tuned = CLIP(f"local-dir:{folder / 'scorer'}").tower
+    resume = options.get("resume", False)
+    heads = [train_sibling(recipe, tuned, examples, n, folder / "siblings", resume) for n in range(recipe.siblings)]
+    save_file({"heads": torch.stack(heads).half()}, made / SIBLINGS)
     return state
+
+
+def train_sibling(
+    recipe: PickRecipe, tower: Tower, examples: Examples, number: int, folder: Path, resume: bool
+) -> Tensor:
+    """The weights (D,) that sibling `number` gives the dimensions of the cosine; its whole sample is one batch."""
+    seed, width = recipe.train.seed, tower.text_features([""]).shape[1]
+    model = Model(tower, Cosine(width, tower.scale, weighted=True), ScorerBlock(train="head", head="weighted"))
+    method = ScorerTraining(model, examples, ties="drop", label_noise=recipe.label_noise, seed=seed)
+    rows = bootstrap(examples, seed, number)
+    fit(method, lambda step: rows, recipe.train_siblings, folder / str(number), resume=resume)
+    return model.head.get_parameter("weight").detach()

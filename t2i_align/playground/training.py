@@ -18,9 +18,9 @@ from t2i_align.pipelines import load_pipeline
 from t2i_align.pipelines.loading import find_pipeline
 from t2i_align.playground.clip import WEIGHTS, CLIPRecipe, train_clip
 from t2i_align.playground.diffusion import DiffusionRecipe, train_diffusion
-from t2i_align.playground.judged import Judged, Style, distinct_prompts, judge_samples
+from t2i_align.playground.judged import GUIDANCE, PICTURES, STEPS, Judged, preference_samples
 from t2i_align.playground.measure import MEASURING_SEED, measure_pipeline, measure_verifier, round_trip
-from t2i_align.playground.pick import STYLES, PickRecipe, train_pick
+from t2i_align.playground.pick import PickRecipe, train_pick
 from t2i_align.playground.proxies import measure_captions, measure_proxy, mistakes
 from t2i_align.playground.turbo import TurboRecipe, train_turbo
 from t2i_align.playground.vae import VAERecipe, train_vae
@@ -31,10 +31,12 @@ from t2i_align.training import State
 
 T = TypeVar("T", bound=Settings)
 
-DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 1.5}  # of tiny-sd, written into its card
+DEFAULTS: dict[str, Any] = {
+    "num_inference_steps": STEPS,
+    "guidance_scale": GUIDANCE,
+}  # of tiny-sd, written into its card
 TURBO_DEFAULTS: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
 UNET = "diffusion_pytorch_model.safetensors"
-PICTURES = 8  # of a prompt, on which proxies are measured
 
 
 class Job(NamedTuple):
@@ -112,9 +114,7 @@ def run_pick(job: Job, clip: Path, measure: int) -> None:
     teacher = find_pipeline("tiny-sd")
     recipe = job.recipe(PickRecipe, clip=_digest(clip / WEIGHTS), teacher=_digest(teacher / "unet" / UNET))
     folder = job.open(recipe)
-    seed = recipe.train.seed
-    prompts = distinct_prompts(recipe.prompts, seed, "train")
-    samples = judge_samples(load_pipeline(teacher), prompts, STYLES, seed, folder / "samples")
+    samples = preference_samples(recipe.prompts, recipe.train.seed, "train", folder / "samples")
     state = train_pick(recipe, clip, samples, folder, **job.options())
     made = folder / "tiny-pick"
     metrics = _measure_proxy(TinyPick(made), folder, measure) if measure else {}
@@ -137,9 +137,7 @@ def run_turbo(job: Job, measure: int) -> None:
 
 def heldout_samples(folder: Path, prompts: int) -> Judged:
     """tiny-sd's pictures of held-out prompts, judged by the verifier; drawn where the folder does not have them."""
-    styles = [Style(DEFAULTS["num_inference_steps"], DEFAULTS["guidance_scale"], PICTURES)]
-    captions = distinct_prompts(prompts, MEASURING_SEED, "heldout")
-    return judge_samples(load_pipeline("tiny-sd"), captions, styles, MEASURING_SEED, folder)
+    return preference_samples(prompts, MEASURING_SEED, "heldout", folder)
 
 
 def _measure_proxy(scorer: Scorer, folder: Path, prompts: int) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Pictures:
         if key not in self.made:
             parts = self.by_size(able)
             places = [n for part, _ in parts for n in part]
-            self.made[key] = [(places, torch.cat([preprocessing._fit(images) for _, images in parts]))]
+            self.made[key] = [(places, torch.cat([preprocessing.fit(images) for _, images in parts]))]
         return self.made[key]
 
 

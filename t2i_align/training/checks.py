@@ -172,7 +172,12 @@ def _stop(config: RunConfig) -> Iterator[str]:
 
 
 def _folder(config: RunConfig) -> Iterator[str]:
-    there = next(path for path in (config.folder, *config.folder.absolute().parents) if path.exists())
+    yield from folder_problems(config.folder)
+
+
+def folder_problems(folder: Path) -> Iterator[str]:
+    """Why a run's folder cannot be written, if it cannot."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         yield f"out: expected a folder but {there} is a file"
         return

@@ -21,6 +21,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.rewards.features import load_features
 from t2i_align.runs import open_folder
+from t2i_align.scorer_training.blocks import ScorerRun, is_scorer_run
 from t2i_align.training.blocks import PolicyBlock, RunConfig, load_run
 from t2i_align.training.card import write_card
 from t2i_align.training.checkpoints import BEST, State
@@ -37,7 +38,10 @@ LORA, MODEL = "lora", "model"  # folders of the result
 
 
 class Trained(NamedTuple):
-    """A finished or paused run: its folder, updates made, the evaluation of the weights that were kept."""
+    """A finished or paused run: its folder, updates made, the evaluation of the weights that were kept.
+
+    Of a scorer's training: what was measured, by scorer; nothing while it is paused.
+    """
 
     folder: Path
     step: int
@@ -59,7 +63,7 @@ class Parts:
 
 
 def train(
-    config: str | Path | Mapping[str, Any] | RunConfig,
+    config: str | Path | Mapping[str, Any] | RunConfig | ScorerRun,
     *,
     pipeline: DiffusionPipeline | None = None,
     resume: bool = False,
@@ -67,10 +71,10 @@ def train(
     minutes: float | None = None,
     **overrides: Any,
 ) -> Trained:
-    """Train a pipeline on a reward, as a config says.
+    """Train a pipeline on a reward, as a config says; or a scorer, by a config with the block `scorer`.
 
     Args:
-        config: a YAML file, a mapping of its blocks, or a `RunConfig`.
+        config: a YAML file, a mapping of its blocks, a `RunConfig`, or a `ScorerRun`.
         pipeline: an open one, where it lies, in the place of the `model` block's; its network is trained.
         resume: go on in the run's folder from its newest checkpoint.
         overwrite: delete an earlier run in the folder.
@@ -81,6 +85,12 @@ def train(
         T2IError: a config that cannot be run, with all problems in one message, before weights are loaded; or a run
             that cannot go on.
     """
+    if is_scorer_run(config, list(overrides)):
+        from t2i_align.scorer_training.run import refuse_pipeline, train_scorer
+
+        refuse_pipeline(pipeline)
+        done = train_scorer(config, resume=resume, overwrite=overwrite, minutes=minutes, **overrides)
+        return Trained(done.folder, done.step, done.measured)
     config = read_config(config, overrides)
     world = World.join()
     parts = make_parts(config, world, pipeline)

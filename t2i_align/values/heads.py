@@ -76,7 +76,17 @@ class HLGauss(Head):
         return -(self.shares(targets) * outputs.log_softmax(1)).sum(1)
 
     def mean(self, outputs: Tensor) -> Tensor:
-        return outputs.softmax(1) @ ((self.edges[1:] + self.edges[:-1]) / 2)
+        return outputs.softmax(1) @ self.centres
+
+    def std(self, outputs: Tensor) -> Tensor:
+        """The standard deviation (B,) of the histogram."""
+        shares = outputs.softmax(1)
+        return (shares * (self.centres - (shares @ self.centres)[:, None]).square()).sum(1).sqrt()
+
+    @property
+    def centres(self) -> Tensor:
+        """The middle (bins,) of each bin."""
+        return (self.edges[1:] + self.edges[:-1]) / 2
 
 
 class Quantile(Head):
