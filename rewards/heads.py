@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2i_align.rewards.uncertainty import quantiles_to_mean_std
-
 READS = {"product": 1, "image": 1, "both": 3}  # what a head looks at, and how often it has the width of the features
 
 
@@ -103,14 +101,9 @@ class Readout(Head):
 
     def forward(self, image: Tensor, text: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         outputs = self.outputs(image, text)
-        kind = self.facts["output"]
-        if kind == "regression":
-            return self.offset + self.factor * self.output.mean(outputs)
-        if kind == "quantile":
-            mean, std = quantiles_to_mean_std(outputs, self.output.quantiles.levels)
-        else:
-            mean, std = self.output.mean(outputs), self.output.std(outputs)
-        return self.offset + self.factor * mean, self.factor * std
+        std = self.output.std(outputs)
+        mean = self.offset + self.factor * self.output.mean(outputs)
+        return mean if std is None else (mean, self.factor * std)
 
 
 def make_head(facts: Mapping[str, Any]) -> Head:

@@ -140,13 +140,13 @@ def open_tower(folder: Path, facts: Mapping[str, Any]) -> Tower:
 
     if facts["base"] is None:
         spec = dict(facts["tower"])
-        how = spec.pop("preprocessing", None)
-        given = Preprocessing(*(tuple(value) if isinstance(value, list) else value for value in how)) if how else None
+        how: list[Any] = [tuple(v) if isinstance(v, list) else v for v in spec.pop("preprocessing") or ()]
+        given = Preprocessing(*how) if how else None
         place = folder.resolve()
         spec["name"] = f"local-dir:{place}" if spec["name"] == "local-dir:" else str(place)
         return load_tower(TowerSpec(**spec, preprocessing=given))
     use, options = facts["base"]["use"], facts["base"]["options"]
-    tower = base_class(use)(**options).tower  # type: ignore[call-arg]
+    tower = base_class(use)(**options).tower
     return adapted(tower, folder / ADAPTER) if facts["adapter"] else tower
 
 
@@ -174,7 +174,7 @@ def merge_adapter(network: nn.Module, adapter: Mapping[str, Tensor], path: Path)
             a, b = adapter[f"{name}.lora_A.weight"], adapter[f"{name}.lora_B.weight"]
             weight = network.get_parameter(f"{name}.weight")
             change = (float(adapter[f"{name}.alpha"]) / len(a)) * (b.flatten(1).float() @ a.flatten(1).float())
-            weight += change.view_as(weight).to(weight)
+            weight.add_(change.view_as(weight).to(weight))
         except (AttributeError, KeyError, RuntimeError) as error:
             said = " ".join(str(error).split())
             raise RewardError(f"The LoRA {path} is not one of this CLIP: its layer {name!r} ({said}).") from error
@@ -244,7 +244,8 @@ def write_network(folder: Path, tower: Tower, network: nn.Module, head: Head) ->
 
         from t2i_align.rewards.checkpoints import CLIP_WORDS
 
-        network.save_pretrained(folder)
+        own: Any = network
+        own.save_pretrained(folder)
         source = tower.spec.processor or tower.spec.name
         if source == CLIP_WORDS:
             return {"name": "", **kept}
@@ -252,8 +253,8 @@ def write_network(folder: Path, tower: Tower, network: nn.Module, head: Head) ->
         if given is None:
             CLIPImageProcessor.from_pretrained(source, local_files_only=True).save_pretrained(folder)
         return {"name": "", **kept, "processor": ""}
-    import open_clip
     from open_clip.factory import get_model_config
+    from open_clip.tokenizer import HFTokenizer
 
     from t2i_align.rewards.checkpoints import needs_quick_gelu
 
@@ -262,7 +263,7 @@ def write_network(folder: Path, tower: Tower, network: nn.Module, head: Head) ->
     config["quick_gelu"] = needs_quick_gelu(tower.spec) or config.get("quick_gelu", False)
     how = {key: value for key, value in model.visual.preprocess_cfg.items() if key not in ("size", "mode")}
     _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": how})
-    if isinstance(tower.tokenise, open_clip.HFTokenizer):
+    if isinstance(tower.tokenise, HFTokenizer):
         tower.tokenise.tokenizer.save_pretrained(folder)
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", {"format": "pt"})

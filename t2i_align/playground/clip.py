@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from open_clip.model import CLIP
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
@@ -179,7 +179,7 @@ def save_clip(model: CLIP, config: dict[str, Any], folder: Path) -> None:
     build_tokenizer().save_pretrained(folder)
 
 
-def save_weights(model: CLIP, folder: Path) -> None:
+def save_weights(model: nn.Module, folder: Path) -> None:
     """Write the weights of a CLIP in fp16 under the name that open_clip looks for."""
     weights = {name: p.half() if p.is_floating_point() else p for name, p in model.state_dict().items()}
     save_file({name: p.contiguous() for name, p in weights.items()}, folder / WEIGHTS, {"format": "pt"})

@@ -54,7 +54,7 @@ def to_examples(judged: Judged) -> Examples:
     count, number = judged.gold.shape
     images = tuple(tuple(range(row * number, (row + 1) * number)) for row in range(count))
     merits = tuple(map(tuple, judged.gold.astype(float).tolist()))
-    return Examples(tuple(judged.prompts), images, merits, judged.pixels.reshape(-1, *judged.pixels.shape[2:]))
+    return Examples(tuple(judged.prompts), images, merits, list(judged.pixels.reshape(-1, *judged.pixels.shape[2:])))
 
 
 def preference_samples(prompts: int, seed: int, split: Split, folder: Path) -> Judged:

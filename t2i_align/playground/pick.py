@@ -68,15 +68,14 @@ def train_pick(recipe: PickRecipe, clip: Path, samples: Judged, folder: Path, **
     tower = CLIP(f"local-dir:{clip}").tower
     width = tower.text_features([""]).shape[1]
     model = Model(tower, Cosine(width, recipe.scale), ScorerBlock(train="full"))
-    noise = {"noise": recipe.noise, "label_noise": recipe.label_noise, "seed": seed}
-    method = ScorerTraining(model, examples, ties="drop", **noise)  # type: ignore[arg-type]
+    method = ScorerTraining(model, examples, ties="drop", noise=recipe.noise, label_noise=recipe.label_noise, seed=seed)
     rows = partial(pick_rows, len(examples), recipe.batch, seed)
     state = fit(method, lambda step: rows(step).tolist(), recipe.train, folder, **options)
     made = folder / "tiny-pick"
     with state.averaged():
         model.save(folder / "scorer", "tiny_pick", {"use": "tiny_clip", "options": {}}, "preferences")
         shutil.copytree(clip, made, ignore=shutil.ignore_patterns("card.json"), dirs_exist_ok=True)
-        save_weights(model.network, made)  # type: ignore[arg-type]
+        save_weights(model.network, made)
     tuned = CLIP(f"local-dir:{folder / 'scorer'}").tower
     resume = options.get("resume", False)
     heads = [train_sibling(recipe, tuned, examples, n, folder / "siblings", resume) for n in range(recipe.siblings)]

@@ -23,15 +23,15 @@ tags:
 ---
 # {name}: a scorer trained from {base}
 
-{what} of {base}, trained by {objective} on {data}.{noise} {steps} updates of {batch} rankings.{members}{kept}
+{what} of {base}, trained by {objective} on {data}.{noise}
+{steps} updates of {batch} rankings.{members}{kept}
 
 ## On held-out data
 
-{held_out}{whence}. 95 % intervals are over {unit}. The numbers are of the saved scorer, opened by `load_reward`.
+{whence}: {held_out}. 95 % intervals are over {unit}. The numbers are of the saved scorer, opened by `load_reward`.
 
 {table}
-{gain}
-{left_out}
+{gain}{left_out}
 ## Use
 
 ```python
@@ -41,8 +41,8 @@ scorer = load_reward("{folder}")  # the folder {folder}/ beside this file; this 
 scores = scorer.scores(images, prompts)  # total{std}
 ```
 {cautious}
-Larger is better. {scale} `config.yaml` has all settings, `evaluations.jsonl` the held-out numbers on the way,
-`environment.json` the versions.
+Larger is better. {scale}
+`config.yaml` has all settings, `evaluations.jsonl` the held-out numbers on the way, `environment.json` the versions.
 """
 LEARNT = {
     "full": "All weights of the CLIP, with a {head} head,",
@@ -75,6 +75,7 @@ def write_card(
     noise = f" {100 * c.data.label_noise:.0f} % of its pairs were turned round." if c.data.label_noise else ""
     mean, low, high = improvement(measured, parts)
     has_std = c.objective.use in ("quantile", "hl_gauss") or (members > 1 and ensemble.combine == "mean")
+    given = c.evaluate.data
     log_odds = "A difference of scores is the log-odds of a preference." if c.comparing else ""
     cautious = "\n`lcb(FOLDER, k=1)` scores one std below the mean.\n" if has_std else ""
     text = CARD.format(
@@ -89,9 +90,7 @@ def write_card(
         members=several,
         kept=kept,
         held_out=parts.held_out.summary(),
-        whence=" that no update saw"
-        if c.evaluate.data is None
-        else f" ({c.evaluate.data.path or c.evaluate.data.use})",
+        whence="Prompts that no update saw" if given is None else f"From {given.path or given.use}",
         unit="rankings" if c.comparing else "prompts",
         table=table({name: row for name, (row, _) in measured.items()}),
         gain=f"\nThe gain in pairs in order is {100 * mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}].\n"

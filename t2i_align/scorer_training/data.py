@@ -47,9 +47,8 @@ class Examples:
 
     def take(self, rows: Sequence[int]) -> Examples:
         """Some of the rankings, in that order."""
-        parts = ([values[row] for row in rows] for values in (self.prompts, self.images, self.merits))
-        prompts, images, merits = map(tuple, parts)
-        return Examples(prompts, images, merits, self.pictures, self.problems)
+        prompts, images = tuple(self.prompts[row] for row in rows), tuple(self.images[row] for row in rows)
+        return Examples(prompts, images, tuple(self.merits[row] for row in rows), self.pictures, self.problems)
 
     def table(self, rows: Sequence[int] | None = None) -> Tensor:
         """Merits (P, K) of rankings, NaN behind the last picture of each."""

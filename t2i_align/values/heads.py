@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from t2i_align.rewards.uncertainty import QuantileHead
+from t2i_align.rewards.uncertainty import QuantileHead, quantiles_to_mean_std
 
 REACH, BINS = 10.0, 51  # of hl_gauss: bins between -REACH and REACH standard deviations
 SMEAR = 0.75  # its Gaussian's standard deviation in widths of a bin, as published
@@ -29,6 +29,10 @@ class Head(nn.Module):
     def mean(self, outputs: Tensor) -> Tensor:
         """The expectation (B,) that outputs say."""
         raise NotImplementedError
+
+    def std(self, outputs: Tensor) -> Tensor | None:
+        """The standard deviation (B,) that outputs say; None where they say none."""
+        return None
 
 
 class Regression(Head):
@@ -109,6 +113,10 @@ class Quantile(Head):
 
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs.mean(1)
+
+    def std(self, outputs: Tensor) -> Tensor:
+        """That of the Gaussian that fits the quantiles best; its mean is theirs, since their levels are symmetric."""
+        return quantiles_to_mean_std(outputs, self.quantiles.levels)[1]
 
 
 HEADS: dict[str, type[Head]] = {"regression": Regression, "hl_gauss": HLGauss, "quantile": Quantile}
