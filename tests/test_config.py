@@ -170,6 +170,7 @@ def test_changing_one_key_of_a_default_block_keeps_the_others():
 def test_ready_recipes_are_valid_and_open_with_their_command():
     from t2i_align.methods import METHODS
     from t2i_align.playground.diffusion import DiffusionRecipe
+    from t2i_align.scorer_training.blocks import ScorerRun
     from t2i_align.training.blocks import load_run
 
     root = Path(__file__).parents[1]
@@ -180,6 +181,8 @@ def test_ready_recipes_are_valid_and_open_with_their_command():
         assert str(path.relative_to(root)) in path.read_text().splitlines()[0]
         if path.stem in METHODS:
             assert load_run(path).method["use"] == path.stem
+        elif path.parent.name == "scorer":
+            load_config(ScorerRun, path)  # its data need not be here
         elif path.stem == "d3po-choices":  # valid with a folder of choices alone: tests/test_choices.py runs it
             assert yaml.safe_load(path.read_text())["method"]["use"] == "d3po"
         else:

@@ -21,10 +21,12 @@ from t2i_align.rewards.aesthetic import Aesthetic
 from t2i_align.rewards.aesthetic_v25 import AestheticV25
 from t2i_align.rewards.clip import CLIP
 from t2i_align.rewards.clip_iqa import ClipIQA
+from t2i_align.rewards.heads import Readout
 from t2i_align.rewards.hpsv2 import HPSv2, HPSv21
 from t2i_align.rewards.mps import MPS
 from t2i_align.rewards.pickscore import PickScore
 from t2i_align.rewards.subject import Subject
+from t2i_align.rewards.trained import write_ensemble, write_scorer
 from t2i_align.rewards.vlm_rm import VLMRM
 
 SIDE, WIDTH = 32, 24  # pixels of the networks' input; features of the embedding
@@ -160,6 +162,20 @@ def dino(folder):
 def subject(folder):
     dino(folder)
     return Subject(name=str(folder))
+
+
+def trained(folder):
+    """An ensemble of two heads with a std of their own, as `t2i-align train` writes it, on a transformers CLIP."""
+    hf_clip(folder / "base", words=True)
+    tower = CLIP(str(folder / "base")).tower
+    for number in (0, 1):
+        torch.manual_seed(number)
+        made = Readout(WIDTH, "both", (8,), "quantile")
+        torch.nn.init.normal_(made.output.quantiles.linear.weight, std=0.1)
+        base = {"use": "clip", "options": {"name": str(folder / "base")}}
+        write_scorer(folder / f"member-{number}", f"heads.{number}", tower, made, base=base, learns="scores")
+    write_ensemble(folder, "heads", ["member-0", "member-1"])
+    return folder
 
 
 TINY = {

@@ -9,16 +9,18 @@ from t2i_align.data.images import pil_to_tensor
 from t2i_align.playground.world import sample_scenes
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import SCORERS, FunctionScorer, RewardError, load_reward, scorer_class
-from tests.tiny_scorers import TINY
+from tests.tiny_scorers import TINY, trained
 from tests.tiny_vlm import VLM
 
 PROMPT = "a red circle"
-SPECS = [*SCORERS, "2 * verifier - 0.1 * jpeg_incompressibility", "brightness"]
+SPECS = [*SCORERS, "2 * verifier - 0.1 * jpeg_incompressibility", "brightness", "trained"]
 
 
 def load(spec, folder):
     if spec == "brightness":
         return load_reward(FunctionScorer(lambda images: images.mean((1, 2, 3)), spec, differentiable=True))
+    if spec == "trained":
+        return load_reward(trained(folder))
     if made := (TINY | VLM).get(spec):
         return load_reward(made(folder))
     if spec in SCORERS and (missing := scorer_class(spec).missing()):
