@@ -33,7 +33,7 @@ def test_cells(guard, method, tmp_path):
     assert config.method["kl" if method == "draft" else "beta"] > 0 or guard != "kl"
     (reward,) = config.reward.values()
     trained = {"lcb": {"use": "lcb(tiny_pick, k=1)"}, "warm": {"use": "tiny_pick"}}
-    assert reward == trained.get(guard, {"use": "tiny_pick", "sibling": 1})
+    assert reward == trained.get(guard, {"use": "tiny_pick", "options": {"sibling": 1}})
 
 
 def test_names_and_refusals(tmp_path):
@@ -45,16 +45,16 @@ def test_names_and_refusals(tmp_path):
         Cell("none", 0, 16).config(tmp_path)
 
 
-def test_a_run_is_measured_twelve_times_and_judged_on_other_prompts(tmp_path):
-    cell = Cell("none", 0, LOOKS, label="quick", words=QUICK)
+def test_a_run_is_measured_on_its_way_and_judged_on_other_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr("t2i_align.bench.hacking_study.LOOKS", 2)
+    cell = Cell("none", 0, 2, label="quick", words=QUICK)
     study = Study(tmp_path / "out", tmp_path / "runs", prompts=2)
     assert study.progress(cell) == "to do"
-    assert Study(tmp_path / "out", tmp_path / "runs", prompts=2, minutes=0).run(cell) is None
     result = study.run(cell)
-    assert [look["images"] for look in result["looks"]] == list(range(LOOKS + 1))
-    assert (result["looks"][0]["kl"], result["kept"]) == (0.0, LOOKS)
+    assert [look["images"] for look in result["looks"]] == [0, 1, 2]
+    assert (result["looks"][0]["kl"], result["kept"]) == (0.0, 2)
     assert result["looks"][-1]["kl"] > 0
-    assert result["reward"] == {"tiny_pick": {"use": "tiny_pick", "sibling": 0}}
+    assert result["reward"] == {"tiny_pick": {"use": "tiny_pick", "options": {"sibling": 0}}}
     assert set(result["scores"]) == {"gold", "proxy", "doubt"}
     before = study.base()["scores"]
     assert before["proxy"] != result["scores"]["proxy"]

@@ -131,7 +131,7 @@ def test_the_siblings_are_three_and_their_disagreement_is_the_std(samples):
     torch.testing.assert_close(scores.std, torch.stack(alone).std(0))
     assert (scores.std > 0).all()
     for number, expected in enumerate(alone):
-        one = load_reward({"pick": {"use": "tiny_pick", "sibling": number}}).scores(images, prompts)
+        one = load_reward({"pick": {"use": "tiny_pick", "options": {"sibling": number}}}).scores(images, prompts)
         torch.testing.assert_close(one.total, expected)
         assert one.std is None
     with pytest.raises(RewardError, match="0 to 2, but got 3"):

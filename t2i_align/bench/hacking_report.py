@@ -158,9 +158,8 @@ def path_rows(result: Result) -> list[dict[str, float]]:
     columns = {name: gains(result, name) for name in ("gold", "proxy")}
     rows = []
     for at, look in enumerate(result["looks"]):
-        row = {"images": look["images"], "KL": look["kl"], "diversity": look["diversity"]}
-        row |= {f"{name} gain": round(values[at], 3) for name, values in columns.items()}
-        rows.append(row | {"gold": look["gold"], "proxy": look["proxy"]})
+        row = {name: look[name] for name in ("images", "kl", "gold", "proxy", "diversity") if name in look}
+        rows.append(row | {f"{name} gain": round(values[at], 3) for name, values in columns.items()})
     return rows
 
 

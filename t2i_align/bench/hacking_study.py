@@ -94,7 +94,7 @@ class Cell:
     @property
     def reward(self) -> dict[str, Any]:
         """What is trained on."""
-        return {PROXY: GUARDS[self.guard].get("reward", {"use": PROXY, "sibling": self.seed % SIBLINGS})}
+        return {PROXY: GUARDS[self.guard].get("reward", {"use": PROXY, "options": {"sibling": self.seed % SIBLINGS}})}
 
     def config(self, out: Path) -> RunConfig:
         """The config of its run in the folder `out`.
@@ -123,6 +123,7 @@ class Cell:
         if rounds < LOOKS:
             least = LOOKS * asked.prompts.per_round * s.group
             raise T2IError(f"Expected {least} images or more, a round per evaluation, but got {self.images}.")
+        rounds -= rounds % LOOKS
         blocks["evaluate"]["every"] = rounds // LOOKS * updates
         blocks["train"] |= {"steps": rounds * updates, "log_every": max(1, rounds // POINTS) * updates}
         blocks["train"]["checkpoint_every"] = blocks["evaluate"]["every"]
@@ -246,7 +247,8 @@ class Study:
                 new: pstdev(sum(looks[0]["scores"][old], [])) for new, old in (("gold", GOLD), ("proxy", PROXY))
             },
             "looks": [
-                {"images": round(row["step"] * per_update)} | {new: short(row[old]) for new, old in shown.items()}
+                {"images": round(row["step"] * per_update)}
+                | {new: short(row[old]) for new, old in shown.items() if old in row}
                 for row in looks
             ],
             "kept": [row["step"] for row in looks].index(kept["step"]),
