@@ -128,19 +128,20 @@ def test_opposites_of_a_prompt():
 
 def test_given_pairs_are_drawn_once_in_several_calls_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("t2i_align.bench.pairs.TOGETHER", 1)  # saved after each prompt
-    cell = Cell("diffusion_dpo", "gold", 0, 32, label="quick", words=QUICK)
+    monkeypatch.setattr("t2i_align.bench.training.PASSES", 1)
+    cell = Cell("diffusion_dpo", "gold", 0, 16, label="quick", words=(*QUICK, "evaluate.every=100"))
     bench = Bench(tmp_path / "out", tmp_path / "runs", 2, 20.0, {"own": {"num_inference_steps": 1}})
     pipe, scorer = load_pipeline("tiny-sd"), bench.scorer("verifier")
     table = Prompts.of(["a red circle left of a blue square", "three green stars"])
     folder, stops = tmp_path / "runs" / cell.pairs, iter([False, True])
 
     def call(late):
-        return draw_pairs(folder, pipe, table, scorer, 32, 5, 0, late, num_inference_steps=2)
+        return draw_pairs(folder, pipe, table, scorer, 16, 5, 0, late, num_inference_steps=2)
 
     assert call(lambda: next(stops)) is None
     assert bench.progress(cell) == "to do"
     note = call(lambda: False)
-    assert note["images"] == 32
+    assert note["images"] == 16
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     assert 2 <= len(pairs) == note["pairs"] <= 5
     assert [pair["gap"] for pair in pairs] == sorted((pair["gap"] for pair in pairs), reverse=True)
@@ -151,10 +152,10 @@ def test_given_pairs_are_drawn_once_in_several_calls_and_counted(tmp_path, monke
     assert (scorer.scores(better, prompts).total > scorer.scores(worse, prompts).total).all()
     assert bench.progress(cell) == "to do, pairs drawn"
     result = bench.run(cell)
-    assert (result["images"], result["pairs"]) == (32, len(pairs))
-    assert result["updates"] == 4 * len(pairs) // 2  # four passes, two pairs at a time
+    assert (result["images"], result["pairs"]) == (16, len(pairs))
+    assert result["updates"] == len(pairs) // 2
     assert result["seconds"] > note["seconds"]
-    assert {look["images"] for look in result["looks"]} == {32}
+    assert {look["images"] for look in result["looks"]} == {16}
     assert result["curve"] == []
 
 
