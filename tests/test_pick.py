@@ -15,7 +15,8 @@ from t2i_align.playground.judged import Judged, Style, distinct_prompts, judge_s
 from t2i_align.playground.pick import PickRecipe, train_pick
 from t2i_align.playground.proxies import FACTS, agreement, measure_proxy, mistakes
 from t2i_align.playground.world import sample_scenes, split_of
-from t2i_align.rewards import load_reward
+from t2i_align.rewards import RewardError, load_reward
+from t2i_align.rewards.ensemble import average_weights
 from t2i_align.rewards.tiny import CLIP_FOLDER, PICK_FOLDER, TinyPick
 from t2i_align.scorer_training.losses import bradley_terry, noisy_labels
 
@@ -131,6 +132,19 @@ def test_the_siblings_are_three_and_their_disagreement_is_the_std(samples):
     torch.testing.assert_close(scores.total, torch.stack(alone).mean(0))
     torch.testing.assert_close(scores.std, torch.stack(alone).std(0))
     assert (scores.std > 0).all()
+    for number, expected in enumerate(alone):
+        one = load_reward({"pick": {"use": "tiny_pick", "options": {"sibling": number}}}).scores(images, prompts)
+        torch.testing.assert_close(one.total, expected)
+        assert one.std is None
+    with pytest.raises(RewardError, match="0 to 2, but got 3"):
+        TinyPick(sibling=3)
+
+
+def test_the_mean_is_that_of_the_averaged_weights(samples):
+    """WARM: of heads that are linear, averaging weights is averaging scores."""
+    images, prompts = samples.images(slice(0, 2)).flatten(0, 1), np.repeat(samples.prompts[:2], 4).tolist()
+    averaged = average_weights([TinyPick(sibling=number) for number in range(3)])
+    torch.testing.assert_close(averaged.scores(images, prompts).total, TinyPick().scores(images, prompts).total)
 
 
 def test_tiny_pick_is_small_and_prefers_what_the_prompt_says(samples):

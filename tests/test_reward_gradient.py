@@ -20,6 +20,7 @@ from t2i_align.rewards import FunctionScorer, Scorer
 from t2i_align.rewards.constraints import Constraint, Limited
 from t2i_align.training import Ctx, TrainingError, fit
 from t2i_align.training.blocks import load_run
+from t2i_align.training.honest import drift_from_base
 from tests.families import FAMILIES
 
 STEPS = 5
@@ -113,6 +114,26 @@ def test_the_three_are_one_method_at_the_last_step(flow):
     (whole,), _, _ = gradients(make("draft", flow, keep=STEPS))
     (fixed,), _, _ = gradients(make("alignprop", flow, keep=99))
     assert torch.equal(whole, fixed)
+
+
+def test_the_kl_of_one_step_counts_for_the_chain():
+    """A shift moves every step alike wherever it starts from, so that the rows' KLs add up to the chain's exactly."""
+    method = make("draft", kernel=None, kl=2.0, reward=lambda images, prompts: 0 * red(images, prompts))
+    (shift,) = method.policy.trainable()
+    (at_base,), _, _ = gradients(method)
+    assert at_base.abs().max() < 1e-6
+    with torch.no_grad():
+        shift[0] += 0.5
+    found = {}
+    for step in range(40):
+        batch = method.collect(context(step), Prompts.of(["0"]))
+        nats = float(method.drift(context(step), batch, slice(0, 1)).detach())
+        found[f"{nats:.3g}"] = nats
+    expected = drift_from_base(method, Prompts.of(["0", "1"]), 0)["kl"]
+    assert len(found) == STEPS  # of the last step, which adds no noise, 0
+    assert sum(found.values()) / STEPS == pytest.approx(expected, rel=1e-3)
+    (grad,), loss, _ = gradients(method)
+    assert float(grad[0]) == pytest.approx(2 * loss / 0.5, rel=1e-4)  # quadratic in the shift
 
 
 def test_lv_from_the_chains_own_last_latent_is_draft_1():

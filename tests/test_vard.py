@@ -272,10 +272,12 @@ def test_calibration_by_hand(tmp_path):
     rewards = torch.tensor([0.0, 1.0, 2.0, 3.0, math.nan])
     predicted = torch.stack([rewards, 2 * rewards, torch.full((5,), 1.5), rewards + 1], 1)
     right, twice, blind, biased = calibrate(predicted, rewards)
-    assert right[1:] == pytest.approx((1, 1, 1, 0))
-    assert twice[1:] == pytest.approx((1, 1 - 3.5 / 1.25, 0.5, 1.5))
-    assert blind[1:] == pytest.approx((0, 0, 0, 0))
-    assert biased[1:] == pytest.approx((1, 1 - 1 / 1.25, 1, 1))
+    assert right[1:] == pytest.approx((1, 1, 1, 0, 0))
+    assert twice[1:] == pytest.approx((1, 1 - 3.5 / 1.25, 0.5, 1.5, 1.5))
+    assert blind[1:-1] == pytest.approx((0, 0, 0, 0))
+    assert biased[1:] == pytest.approx((1, 1 - 1 / 1.25, 1, 1, 1))
+    many = torch.arange(32.0)  # in eight groups, of which the first is told 1 too much
+    assert calibrate((many + (many < 4))[:, None], many)[0].error == pytest.approx(1 / 8)
     plot_calibration(predicted, rewards, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

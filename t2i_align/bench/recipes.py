@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from t2i_align.methods import read_method
+
 GOLD = "verifier"
 IMAGES = 20_480  # drawn by a run, unless the reward says otherwise
 
@@ -17,7 +19,13 @@ REWARDS: dict[str, tuple[str, int | None]] = {
     "pick": ("tiny_pick", None),
     "jpeg": ("jpeg_compressibility", 3_000),
     "gold-jpeg": (f"{GOLD} + 0.5 * jpeg_compressibility", 5_120),  # each counts about its own spread within a prompt
+    "clip": ("tiny_clip", 5_120),
 }
+
+LOOKS = 6  # evaluations of a run after its start
+MORE_LOOKS = {"clip": 24}  # where images to a given gain are read off them
+PAIRS, PASSES = 2_000, 4  # of methods that learn from given pairs: how many, and how often they see each
+OFFLINE = ("diffusion_dpo",)
 
 COMMON: dict[str, Any] = {
     "model": {"use": "tiny-sd", "guidance": 1.0},
@@ -32,11 +40,27 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "clip": 3e-3}},
     "d3po": {"method": {"group": 4, "epochs": 1, "minibatches": 2, "beta": 0.1}, "prompts": {"per_round": 32}},
     "prdp": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "beta": 3e-5, "eps": 3e-3}},
+    "vard": {"method": {"group": 4, "batch_size": 32, "minibatches": 2, "warmup": 4}, "prompts": {"per_round": 16}},
+    "nft": {"method": {"group": 16, "minibatches": 2}},
+    "rwr": {
+        "method": {"group": 8, "minibatches": 2, "select": "best", "best": 2, "levels": 2},
+        "prompts": {"per_round": 16},
+        "train": {"learning_rate": 1e-4},
+    },
+    "diffusion_dpo": {
+        "method": {"group": 2, "beta": 2000.0},
+        "prompts": {"per_round": 32},
+        "train": {"learning_rate": 1e-4},
+    },
+    "refl": {"method": {"window": 0.5, "loss": "linear", "batch_size": 16}, "prompts": {"per_round": 16}},
+    "draft": {"method": {"keep": 1, "batch_size": 16}, "prompts": {"per_round": 16}},
+    "alignprop": {"method": {"keep": "uniform", "batch_size": 16}, "prompts": {"per_round": 16}},
 }
 
 BY_REWARD: dict[str, dict[str, Any]] = {
     "jpeg": {"method": {"trained_rows": 0.99}, "train": {"learning_rate": 1e-3}},  # late steps decide file sizes too
     "gold-jpeg": {"method": {"trained_rows": 0.99}},
+    "clip": {"evaluate": {"steps": 8, "guidance": 1.0}},  # as training draws its images: many cheap looks
 }
 
 BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {}
@@ -44,7 +68,9 @@ BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {}
 
 def recipe(method: str, reward: str) -> dict[str, Any]:
     """The blocks of a run of a method on a reward of `REWARDS`."""
-    blocks = laid_over(COMMON, METHODS[method])
+    known = read_method({"use": method})[1].__class__.model_fields
+    common = COMMON | {"method": {name: value for name, value in COMMON["method"].items() if name in known}}
+    blocks = laid_over(common, METHODS[method])
     return laid_over(laid_over(blocks, BY_REWARD.get(reward, {})), BY_BOTH.get((method, reward), {}))
 
 

@@ -20,7 +20,18 @@ from PIL import Image
 from torch import Tensor
 
 from t2i_align.arms import arms
-from t2i_align.bench.recipes import GOLD, IMAGES, REWARDS, recipe
+from t2i_align.bench.pairs import PAIRS_FILE, draw_pairs, read_note
+from t2i_align.bench.recipes import (
+    GOLD,
+    IMAGES,
+    LOOKS,
+    MORE_LOOKS,
+    OFFLINE,
+    PAIRS,
+    PASSES,
+    REWARDS,
+    recipe,
+)
 from t2i_align.bench.steering import bench_prompts
 from t2i_align.config import load_config
 from t2i_align.data.images import contact_sheet
@@ -34,16 +45,17 @@ from t2i_align.rewards import Scorer, load_reward
 from t2i_align.rewards.features import extract_features, load_features
 from t2i_align.rewards.pareto import hypervolume_2d
 from t2i_align.runs import environment, read_jsonl, write_text
-from t2i_align.training.blocks import RunConfig, load_run
+from t2i_align.training.blocks import RunConfig, Source, load_run
 from t2i_align.training.checkpoints import checkpoints, read_checkpoint
 from t2i_align.training.honest import EVALUATIONS, pairwise_distance
+from t2i_align.training.prompts import read_source
 from t2i_align.training.run import LORA, Trained, train
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PIPELINE = "tiny-sd"
-JUDGES = {"gold": GOLD, "pick": "tiny_pick", "jpeg": "jpeg_compressibility"}
+JUDGES = {"gold": GOLD, "pick": "tiny_pick", "jpeg": "jpeg_compressibility", "clip": "tiny_clip"}
 PROMPT_SEEDS: dict[Split, int] = {"train": 41_000, "heldout": 42_000}
 COUNTS: dict[Split, int] = {"train": 240, "heldout": 48}  # captions of counts that there are
 EACH = 2  # images per prompt
@@ -55,7 +67,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "own": {},
     "short": {"num_inference_steps": 8, "guidance_scale": 1.0, "eta": 1.0},
 }
-LOOKS, POINTS = 6, 40  # evaluations of a run after its start, points of its reward curve
+POINTS = 40  # of a run's reward curve
 CHECKPOINT_ROUNDS = 10
 EVALUATION = 6.0  # minutes that the evaluation of a cell takes on two cores
 SHOWN, COLUMNS = 16, 8  # prompts in a picture grid
@@ -86,12 +98,22 @@ class Cell:
         parts = (self.variant or self.method, self.reward, f"s{self.seed}", self.label)
         return ".".join(part for part in parts if part)
 
+    @property
+    def offline(self) -> bool:
+        """Whether it learns from pairs that are drawn before."""
+        return self.method in OFFLINE
+
+    @property
+    def pairs(self) -> str:
+        """Of the folder of its pairs: tries of other settings learn from the same ones."""
+        return f"pairs.{self.reward}.s{self.seed}.{self.images}"
+
     def config(self, out: Path) -> RunConfig:
-        """The config of its run in the folder `out`.
+        """The config of its run in the folder `out`; pairs lie beside it.
 
         Raises:
             ConfigError: settings that do not fit together.
-            T2IError: fewer images than a round has.
+            T2IError: fewer images, or pairs, than a round has.
         """
         blocks = recipe(self.method, self.reward)
         blocks["method"] = {"use": self.method} | blocks["method"] | dict(self.settings)
@@ -101,15 +123,19 @@ class Cell:
             "prompts": {"split": "heldout", "kinds": blocks["prompts"]["kinds"], "size": 32},
             "watch": [GOLD],
             "batch_size": BATCH,
-        }
+        } | blocks.get("evaluate", {})
+        if self.offline:
+            blocks["prompts"] |= {"use": "pairs", "path": str(out.parent / self.pairs / PAIRS_FILE)}
         blocks["log"] = {"tensorboard": False}
         asked = load_config(RunConfig, blocks, self.words)  # to see the size of a round
         s = read_method(asked.method)[1]
         rounds = self.images // (asked.prompts.per_round * s.group)
+        if self.offline:
+            rounds = PASSES * (read_note(out.parent / self.pairs) or {"pairs": 0})["pairs"] // asked.prompts.per_round
         if rounds < 1:
             raise T2IError(f"Expected the images of a round at least but got {self.images}: ask for more --images.")
         updates = s.epochs * s.minibatches
-        blocks["evaluate"]["every"] = max(1, round(rounds / LOOKS)) * updates
+        blocks["evaluate"]["every"] = max(1, round(rounds / MORE_LOOKS.get(self.reward, LOOKS))) * updates
         blocks["train"] |= {"steps": rounds * updates, "log_every": max(1, rounds // POINTS) * updates}
         blocks["train"]["checkpoint_every"] = CHECKPOINT_ROUNDS * updates
         return load_run(blocks, self.words)
@@ -126,7 +152,9 @@ def cells(images: int = IMAGES, seeds: int = 3) -> list[Cell]:
     made += on("gold", ("grpo", "ddpo", "d3po", "prdp"))
     made += on("pick", ("grpo", "prdp"))
     made += on("gold-jpeg", ("grpo",))
-    return made + on("gold-jpeg", ("grpo",), variant="grpo-pareto", settings={"select": "pareto"})
+    made += on("gold-jpeg", ("grpo",), variant="grpo-pareto", settings={"select": "pareto"})
+    made += on("gold", ("vard", "nft", "rwr", "diffusion_dpo"))
+    return made + on("clip", ("grpo", "refl", "draft", "alignprop"))
 
 
 @dataclass
@@ -160,7 +188,8 @@ class Bench:
             return "done"
         found = checkpoints(self.work / cell.name)
         if not found:
-            return "to do"
+            drawn = cell.offline and read_note(self.work / cell.pairs)
+            return "to do, pairs drawn" if drawn else "to do"
         return f"at update {read_checkpoint(found[-1])['step']} of {cell.config(self.work / cell.name).train.steps}"
 
     def prompts_of(self, split: Split) -> Prompts:
@@ -168,10 +197,12 @@ class Bench:
         return bench_prompts(self.prompts, PROMPT_SEEDS[split], split, min(self.prompts // 2, COUNTS[split]))[0]
 
     def base(self) -> Result:
-        """The base's own scores, measured once and kept in a file."""
+        """The base's own scores, measured once and kept in a file; again where a judge is new."""
         path = self.out / "base.json"
         if path.is_file():
-            return self._known(path)
+            known = self._known(path)
+            if all(JUDGES.keys() <= split.keys() for made in known["scores"].values() for split in made.values()):
+                return known
         made, pictures = self.measure(load_pipeline(PIPELINE, channels_last=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(pictures, path.parent / "base.png")
@@ -188,6 +219,8 @@ class Bench:
         path = self.path(cell)
         if path.is_file():
             return self._known(path, cell)
+        if cell.offline and not self._pairs(cell):
+            return None
         config = cell.config(self.work / cell.name)
         done = self._train(config)
         missing = 1 if (self.out / "base.json").is_file() else 2  # evaluations
@@ -211,6 +244,20 @@ class Bench:
             raise T2IError(f"{path} is of a bench with other prompts or images: choose another --out.")
         return result
 
+    def _pairs(self, cell: Cell) -> bool:
+        """Draw the pairs of a cell as other runs draw their images, for what is left of this call's minutes."""
+        folder = self.work / cell.pairs
+        if read_note(folder):
+            return True
+        blocks = recipe(cell.method, cell.reward)
+        names, model = ("kinds", "size"), blocks["model"]
+        table = read_source(Source(**{name: blocks["prompts"][name] for name in names}))
+        call = call_keywords(PIPELINE, blocks["method"]["steps"], model["guidance"])
+        pipe, scorer = load_pipeline(PIPELINE, channels_last=True), self.scorer(REWARDS[cell.reward][0])
+        return bool(
+            draw_pairs(folder, pipe, table, scorer, cell.images, PAIRS, cell.seed, lambda: self.left <= 0, **call)
+        )
+
     def _train(self, config: RunConfig) -> Trained:
         """Train for what is left of this call's minutes."""
         found = checkpoints(config.folder)
@@ -227,6 +274,11 @@ class Bench:
         curve = read_jsonl(config.folder / "metrics.jsonl")
         state = read_checkpoint(checkpoints(config.folder)[-1])
         kept = ("model", "policy", "method", "prompts", "train")
+        drawn = read_note(self.work / cell.pairs) if cell.offline else None  # all of them before the first update
+
+        def images(step: int) -> int:
+            return drawn["images"] if drawn else round(step * per_update)
+
         shown = {"gold": GOLD, "reward": "reward", "kl": "kl", "diversity": "diversity"}
         return {
             "cell": cell.name,
@@ -234,14 +286,14 @@ class Bench:
             "expression": config.reward,
             "budget": cell.images,
             "prompts": self.prompts,
-            "images": round(state["step"] * per_update),
+            "images": images(state["step"]),
             "updates": state["step"],
-            "seconds": round(state["seconds"], 1),
+            "pairs": drawn and drawn["pairs"],
+            "seconds": round(state["seconds"] + (drawn["seconds"] if drawn else 0.0), 1),
             "kl": looks[-1]["kl"],
-            "curve": [[round(row["step"] * per_update), short(row["reward"])] for row in curve],
+            "curve": [[images(row["step"]), short(row["reward"])] for row in curve if "reward" in row],
             "looks": [
-                {"images": round(row["step"] * per_update)} | {new: short(row[old]) for new, old in shown.items()}
-                for row in looks
+                {"images": images(row["step"])} | {new: short(row[old]) for new, old in shown.items()} for row in looks
             ],
             "config": {name: getattr(config, name).model_dump(mode="json") for name in kept if name != "method"}
             | {"method": config.method},

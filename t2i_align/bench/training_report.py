@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from scipy.stats import t as student
 
+from t2i_align.bench.efficiency import need_findings, need_rows
 from t2i_align.bench.pages import Picture, Shown, fill_in
-from t2i_align.bench.recipes import REWARDS
+from t2i_align.bench.recipes import OFFLINE, REWARDS
 from t2i_align.bench.steering_report import Estimate, estimate
 from t2i_align.bench.training import EACH, SAMPLERS, WORST
 from t2i_align.report import write_report
@@ -43,6 +44,10 @@ class Line(NamedTuple):
     def gain(self, base: Result, name: str, split: str = "train", sampler: str = "own") -> Estimate:
         """With its interval over prompts, seeds averaged."""
         return estimate([fmean(values) for values in zip(*self.gains(base, name, split, sampler), strict=True)])
+
+    def judged(self, name: str) -> bool:
+        """Whether all runs were judged by a scorer; those of earlier versions were by fewer."""
+        return all(name in run["scores"]["own"]["train"] for run in self.runs)
 
     def mean(self, name: str) -> float:
         """Of a number of the runs."""
@@ -72,7 +77,8 @@ def table_rows(lines: Sequence[Line], base: Result) -> list[dict[str, str]]:
     first |= {"gold, train": _mean(own["train"]["gold"]), "over seeds": ""}
     first |= {"gold, held-out": _mean(own["heldout"]["gold"])}
     first |= {"gold, short": _mean(base["scores"]["short"]["train"]["gold"])}
-    first |= {"proxy": _mean(own["train"]["pick"]), "kB": f"{-fmean(own['train']['jpeg']):.3f}"}
+    first |= {"proxy": _mean(own["train"]["pick"]), "tiny_clip": _mean(own["train"]["clip"])}
+    first |= {"kB": f"{-fmean(own['train']['jpeg']):.3f}"}
     first |= {"diversity": _mean(own["train"]["diversity"]), "hypervolume": _mean(own["train"]["hypervolume"])}
     return [first | {"KL": "0"}, *(_row(line, base) for line in lines)]
 
@@ -91,6 +97,7 @@ def _row(line: Line, base: Result) -> dict[str, str]:
         "gold, held-out": signed(line.gain(base, "gold", "heldout")),
         "gold, short": signed(line.gain(base, "gold", sampler="short")),
         "proxy": signed(line.gain(base, "pick")),
+        "tiny_clip": signed(line.gain(base, "clip")) if line.judged("clip") else "",
         "kB": signed(Estimate(-kilobytes.mean, kilobytes.half)),
         "diversity": signed(line.gain(base, "diversity")),
         "hypervolume": signed(line.gain(base, "hypervolume")),
@@ -126,7 +133,7 @@ def findings(lines: Sequence[Line], base: Result) -> list[str]:
             verdict = "gold rises too" if gold.sure and gold.mean > 0 else "gold does not measurably rise"
             verdict = "gold falls: the proxy is hacked" if gold.sure and gold.mean < 0 else verdict
             said.append(f"{line.label} on the proxy: proxy {signed(proxy)}, gold {signed(gold)}: {verdict}.")
-    return said + list(_pareto(lines, base))
+    return said + list(_pareto(lines, base)) + list(_pairs(lines, base)) + list(need_findings(lines))
 
 
 def base_spread(base: Result) -> float:
@@ -183,6 +190,16 @@ def _pareto(lines: Sequence[Line], base: Result) -> Iterator[str]:
         )
 
 
+def _pairs(lines: Sequence[Line], base: Result) -> Iterator[str]:
+    for line in lines:
+        if line.label in OFFLINE:
+            gain = line.gain(base, "gold")
+            yield (
+                f"{line.label} on {line.mean('pairs'):.0f} given pairs: gold {signed(gain)}; a gain above 0 is "
+                f"{'reached' if gain.sure and gain.mean > 0 else 'not reached'}."
+            )
+
+
 def tuning_rows(results: Sequence[Result], base: Result) -> list[dict[str, str]]:
     """What was tried with other settings."""
     rows = []
@@ -208,6 +225,8 @@ def plot_curves(lines: Sequence[Line], path: Path) -> None:
             looks = [[(look["images"], look["gold"]) for look in run["looks"]] for run in line.runs]
             for axes, runs in zip(panels[:, column], (curves, looks), strict=True):
                 points = [tuple(map(fmean, zip(*at, strict=True))) for at in zip(*runs, strict=False)]
+                if not points:  # given pairs have no reward
+                    continue
                 axes.plot(*zip(*points, strict=True), ".-", label=line.label, linewidth=1, markersize=4)
         panels[0, column].set_title(f"trained on {reward}", fontsize=9)
         panels[0, column].set_ylabel("reward of training's images", fontsize=8)
@@ -234,6 +253,7 @@ def write_pages(out: Path, results: Sequence[Result], base: Result, docs: Path |
     rows, said = table_rows(lines, base), findings(lines, base)
     tried = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("tuning/*/result.json"))]
     tries = tuning_rows([result for result in tried if result["prompts"] == base["prompts"]], base)
+    images = need_rows(lines)
     plot_curves(lines, out / "curves.png")
     plot = Image.open(out / "curves.png").convert("RGB")
     grids = [(title, Image.open(path).convert("RGB")) for title, path in _grids(out, lines)]
@@ -243,6 +263,7 @@ def write_pages(out: Path, results: Sequence[Result], base: Result, docs: Path |
         "bench_training.html",
         rows=rows,
         tries=tries,
+        images=images,
         findings=said,
         plot=plot,
         grids=grids,
@@ -250,6 +271,7 @@ def write_pages(out: Path, results: Sequence[Result], base: Result, docs: Path |
     )
     if docs is not None:
         parts: list[str | Picture | Shown] = [markdown(rows), "\n".join(f"- {text}" for text in said)]
+        parts += ["Images to a given gain, means over seeds:", markdown(images)] if images else []
         parts.append(("Reward and gold against images", "training-curves.png", plot))
         parts += [(title, f"training-{at:02d}.png", grid) for at, (title, grid) in enumerate(grids)]
         parts += ["What was tried on the way:", markdown(tries)] if tries else []

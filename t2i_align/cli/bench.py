@@ -143,3 +143,81 @@ def hacking(
         print(json.dumps(rows))
         return
     print_table([{k: v if isinstance(v, str) else number(v) for k, v in row.items()} for row in rows])
+
+
+@bench.command()
+def hacking_study(
+    words: Annotated[
+        list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Other settings to try, under a --label.")
+    ] = None,
+    out: Annotated[Path, Option(help="Folder of the results.")] = Path("benchmarks/results/hacking"),
+    work: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs/bench-hacking"),
+    only: Annotated[str, Option(help="Regular expression: cells whose names it is found in.")] = "",
+    minutes: Annotated[float, Option(min=0, help="Of this call; a run that is not done goes on in the next.")] = 20.0,
+    images: Annotated[int, Option(min=1, help="Drawn by each run.")] = 1_536,
+    seeds: Annotated[int, Option(min=1, help="Runs of each guard.")] = 3,
+    prompts: Annotated[int, Option(min=2, help="Held-out ones, to judge the kept weights on.")] = 200,
+    method: Annotated[str, Option(help="What is trained with: draft or grpo.")] = "draft",
+    label: Annotated[str, Option(help="Name of a try with other settings, kept apart in OUT/tuning.")] = "",
+    docs: Annotated[Path | None, Option(help="Markdown file whose generated part is written.")] = None,
+    listing: Annotated[bool, Option("--list", help="List the cells and how far they are, and exit.")] = False,
+) -> None:
+    """Training far past the optimum of a learned reward, with and without guards: gold, proxy and KL on the way."""
+    import json
+    from dataclasses import replace
+
+    from t2i_align.bench.hacking_report import path_rows, write_pages
+    from t2i_align.bench.hacking_study import BASES, Study, cells
+    from t2i_align.errors import T2IError
+
+    if words and not label:
+        raise T2IError("Expected a --label for other settings: its results are kept apart from the study's own.")
+    if method not in BASES:
+        raise T2IError(f"Expected --method to be one of {', '.join(BASES)} but got {method!r}.")
+    every = [replace(cell, label=label, words=tuple(words or ())) for cell in cells(images, seeds, method)]
+    wanted = [cell for cell in every if re.search(only, cell.name)]
+    if not wanted:
+        raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in every)}.")
+    run = Study(out, work, prompts, minutes)
+    if listing:
+        for cell in wanted:
+            print(f"{run.progress(cell)}  {cell.name}")
+        return
+    for number, cell in enumerate(wanted, start=1):
+        print(f"[{number}/{len(wanted)}] {cell.name}", file=sys.stderr, flush=True)
+        result = run.run(cell)
+        if result is None:
+            print("time is up: call again to go on", file=sys.stderr)
+            break
+        if label:
+            for row in path_rows(result):
+                print(json.dumps(row))
+    if label:
+        return
+    done = [result for cell in every if run.path(cell).is_file() and (result := run.run(cell)) is not None]
+    if done:
+        for line in write_pages(out, done, run.base(), docs):
+            print(line)
+    print(json.dumps({"cells": len(done), "curves": str(out / "curves.png") if done else None}))
+
+
+@bench.command()
+def values(
+    run: Annotated[Path, Argument(help="Folder of a finished vard run.")],
+    prompts: Annotated[
+        int, Option(min=2, help="Held-out prompts, as many images of each as the run's group has.")
+    ] = 64,
+    docs: Annotated[Path | None, Option(help="Markdown file whose generated part is written.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Whether a value function is right: its predictions of half-made images against their final rewards."""
+    import json
+
+    from t2i_align.bench.values import predict, write_pages
+    from t2i_align.cli.tables import print_table
+
+    rows = write_pages(run, predict(run, prompts), docs)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print_table(rows)

@@ -5,10 +5,11 @@
 A method says which of the reverse steps keep their graph (`refl.py`, `draft.py`). Only latents between steps, and those
 before decoder and scorer, are kept; the rest is computed again in the backward pass (`checkpointing`). The gradient is
 taken through the scorer, then the decoder, then the network, so that no weights but the policy's get gradients, and a
-sample without a finite one is left out. A pre-training term, the denoising error on images of a data set, holds the
-model to them; ReFL's published weights are 1e-3 for the reward and 1 for that. Departures: guidance acts in training as
-the run says (ReFL trains without); clamped pixels pass gradients on, which the published code loses; decoder and scorer
-compute in their own number type whatever the network trains in.
+sample without a finite one is left out. `kl` adds the KL of the chain of steps to the base's, estimated at one of them
+(not in the papers, which stop early instead). A pre-training term, the denoising error on images of a data set, holds
+the model to them; ReFL's published weights are 1e-3 for the reward and 1 for that. Departures: guidance acts in
+training as the run says (ReFL trains without); clamped pixels pass gradients on, which the published code loses;
+decoder and scorer compute in their own number type whatever the network trains in.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class GradientSettings(SamplingSettings):
         0.0, ge=0, description="l exp(-U) + U in place of a loss l, with U = discount std of the reward (Ctrl-U)"
     )
     scale: float = Field(1.0, gt=0, description="weight of the reward beside `pretrain`; Adam does not see it alone")
+    kl: float = Field(0.0, ge=0, description="weight of the KL to the base, in units of the reward per nat")
     pretrain: float = Field(0.0, ge=0, description="weight of the denoising error on images of `pretrain_data`")
     pretrain_data: str | None = Field(None, description="table with the columns prompt and image, paths beside it")
     straight_through: bool = Field(True, description="let gradients through pixels that are clamped at 0 or 1")
@@ -129,7 +131,7 @@ class RewardGradient(OnPolicy):
         return {"images": batch.images}
 
     def losses(self, ctx: Ctx, batch: Starts) -> Iterator[Term]:
-        """One term per batch of samples and gradient of theirs, then the pre-training term."""
+        """One term per batch of samples and gradient of theirs, then those of the KL and of pre-training."""
         chunks = self.chunks(ctx, len(batch.x))
         images, invalid, seen = self.samples(ctx, chunks), 0.0, []
         for part in chunks:
@@ -149,6 +151,9 @@ class RewardGradient(OnPolicy):
                         f"{invalid:g} of {images:g} images of an update have a reward that is no number: score some by "
                         "hand to see why; the last checkpoint is kept."
                     )
+            if self.settings.kl:
+                nats = self.drift(ctx, batch, part)
+                yield Term(self.settings.kl * nats.sum() / images, {"kl": nats})
             if self.settings.pretrain:
                 yield Term(self.pretraining(ctx, batch, part) / images, {})
         if isinstance(self.tools.reward, Limited):
@@ -189,6 +194,18 @@ class RewardGradient(OnPolicy):
             x, batch.cond[part], s.steps, self.sampler, rows, batch.seed, batch.ids(part),
             checkpointing=s.checkpointing, **self.tools.call,
         )  # fmt: skip
+
+    def drift(self, ctx: Ctx, batch: Starts, part: slice) -> Tensor:
+        """Nats (B,) by which chains of steps with noise leave the base's: one row, drawn, counts for all of them."""
+        s, driver, cond, call = self.settings, self.tools.driver, batch.cond[part], self.tools.call
+        row = int(torch.randint(self.total, (), generator=ctx.generator("drift", batch.first + part.start)))
+        with torch.no_grad():
+            x = driver.unroll(
+                batch.x[part], cond, s.steps, self.kernel, range(row), batch.seed, batch.ids(part), **call
+            )
+            with self.policy.reference():
+                base = driver.step(x, row, cond, s.steps, self.kernel, **call).q
+        return self.total * driver.step(x, row, cond, s.steps, self.kernel, **call).q.kl(base)
 
     def again(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A function of a tensor, computed again in the backward pass where the settings say so."""

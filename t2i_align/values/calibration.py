@@ -17,7 +17,8 @@ BLUE, GRAY = "#3b6ea5", "#b0b7bf"
 
 class Calibration(NamedTuple):
     """Of one row of the grid. `r2`: 1 - mean squared error / variance, 1 for perfect, 0 for the mean; `slope` of the
-    reward over the prediction, 1 where a difference of values means what it says; `bias`: mean of prediction - reward.
+    reward over the prediction, 1 where a difference of values means what it says; `bias`: mean of prediction - reward;
+    `error`: mean distance of predicted and real means over groups of images with similar predictions.
     """
 
     row: int
@@ -25,6 +26,7 @@ class Calibration(NamedTuple):
     r2: float
     slope: float
     bias: float
+    error: float
 
 
 def calibrate(predicted: Tensor, rewards: Tensor) -> list[Calibration]:
@@ -38,8 +40,16 @@ def calibrate(predicted: Tensor, rewards: Tensor) -> list[Calibration]:
     correlation = torch.where(spread_p * spread_r > 0, both / (spread_p * spread_r).sqrt(), 0.0)
     r2 = 1 - (p - r).square().mean(0) / spread_r.clamp(min=1e-12)
     bias = (p - r).mean(0)
-    columns = zip(correlation.tolist(), r2.tolist(), slope.tolist(), bias.tolist(), strict=True)
+    points = [torch.tensor(reliability(p[:, row], r[:, 0]), dtype=torch.float64) for row in range(p.shape[1])]
+    error = [float((groups[:, 2] * (groups[:, 0] - groups[:, 1]).abs()).sum()) for groups in points]
+    columns = zip(correlation.tolist(), r2.tolist(), slope.tolist(), bias.tolist(), error, strict=True)
     return [Calibration(row, *numbers) for row, numbers in enumerate(columns)]
+
+
+def reliability(predicted: Tensor, rewards: Tensor) -> list[tuple[float, float, float]]:
+    """Of groups of images with similar predictions (n,): mean prediction, mean reward, share of the images."""
+    groups = predicted.argsort().chunk(BINS)
+    return [(float(predicted[g].mean()), float(rewards[g].mean()), len(g) / len(predicted)) for g in groups]
 
 
 def plot_calibration(predicted: Tensor, rewards: Tensor, path: Path) -> None:
@@ -55,11 +65,10 @@ def plot_calibration(predicted: Tensor, rewards: Tensor, path: Path) -> None:
     found = calibrate(p, r)
     low, high = float(r.quantile(0.02)), float(r.quantile(0.98))
     for row, axes in zip(range(rows), panels, strict=False):
-        groups = p[:, row].argsort().chunk(BINS)
-        means = [(float(p[group, row].mean()), float(r[group].mean())) for group in groups]
+        means = [means[:2] for means in reliability(p[:, row], r)]
         axes.plot([low, high], [low, high], color=GRAY, linewidth=1)
         axes.plot(*zip(*means, strict=True), ".-", color=BLUE)
-        axes.set_title(f"row {row}: r2 {found[row].r2:.2f}, slope {found[row].slope:.2f}", fontsize=7)
+        axes.set_title(f"row {row}: corr. {found[row].correlation:.2f}, error {found[row].error:.2f}", fontsize=7)
         axes.set(xlim=(low, high), ylim=(low, high))
     panels[rows].plot([each.r2 for each in found], ".-", color=BLUE)
     panels[rows].axhline(0, color=GRAY, linewidth=1)

@@ -1,0 +1,126 @@
+"""How many images a method needs for the gain that GRPO ends with: where learning curves first cross a level.
+
+On tiny_clip gains are those of the runs' looks: one set of held-out prompts and noise, whatever sampler training uses.
+On gold they are those of the images that training draws, means of three neighbouring points, less the first: many more
+images than looks have. There only methods that draw by GRPO's sampler are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from t2i_align.bench.recipes import MORE_LOOKS
+
+if TYPE_CHECKING:
+    from t2i_align.bench.training_report import Line
+
+AGAINST = "grpo"
+COMPARED = {"clip": ("refl", "draft", "alignprop"), "gold": ("ddpo", "d3po", "prdp", "vard")}
+LAST = 3  # points at the end of a curve whose mean is the gain that it ends with
+FIFTH = 0.2  # of GRPO's images: what reward gradients should need at most
+SHARES = (0.5, 1.0)  # of GRPO's gain
+
+Result = dict[str, Any]
+Points = list[tuple[float, float]]  # images, gain
+
+
+class Need(NamedTuple):
+    """Images (one number per seed, None where the level is not reached) that a method needs for a gain."""
+
+    label: str
+    reward: str
+    gain: float
+    images: list[float | None]
+    budget: float
+
+    @property
+    def mean(self) -> float | None:
+        """Over seeds; None where one of them does not get there."""
+        known = [value for value in self.images if value is not None]
+        return fmean(known) if len(known) == len(self.images) else None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            missed = sum(value is None for value in self.images)
+            return f"> {self.budget:.0f} ({missed} of {len(self.images)} seeds)"
+        known = [value for value in self.images if value is not None]
+        return f"{self.mean:.0f}" + (f" ({min(known):.0f} to {max(known):.0f})" if len(known) > 1 else "")
+
+
+def learning_curve(run: Result) -> Points:
+    """Images and gain of the trained reward along a run, from 0, 0 on."""
+    if run["reward"] in MORE_LOOKS:
+        points = [(look["images"], look["reward"]) for look in run["looks"]]
+    else:
+        points = [(0, run["curve"][0][1]), *smoothed(run["curve"])]
+    return [(images, value - points[0][1]) for images, value in points]
+
+
+def smoothed(points: Sequence[Sequence[float]]) -> Points:
+    """The means of each point and its neighbours."""
+    values = [value for _, value in points]
+    return [(images, fmean(values[max(0, at - 1) : at + 2])) for at, (images, _) in enumerate(points)]
+
+
+def crossing(points: Points, level: float) -> float | None:
+    """Where a curve, straight between its points, first reaches a level; None where it does not."""
+    if points[0][1] >= level:
+        return points[0][0]
+    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+        if high >= level:
+            return before + (after - before) * (level - low) / (high - low)
+    return None
+
+
+def final_gain(line: Line) -> float:
+    """The gain that a method ends with, over seeds and the last points."""
+    return fmean(value for run in line.runs for _, value in learning_curve(run)[-LAST:])
+
+
+def needs(lines: Sequence[Line], share: float = 1.0) -> list[Need]:
+    """What GRPO and the methods that are compared with it need for a share of GRPO's gain, by reward.
+
+    Rewards on which GRPO was not run, or gained nothing, are left out.
+    """
+    found = []
+    for reward, labels in COMPARED.items():
+        mine = {line.label: line for line in lines if line.reward == reward}
+        gain = share * final_gain(mine[AGAINST]) if AGAINST in mine else 0.0
+        for label in (AGAINST, *labels) if gain > 0 else ():
+            if label in mine:
+                images = [crossing(learning_curve(run), gain) for run in mine[label].runs]
+                found.append(Need(label, reward, gain, images, mine[label].mean("images")))
+    return found
+
+
+def need_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """The cells of a table by column: images to shares of GRPO's gain, in brackets the least and the most by seed."""
+    by_share = {share: needs(lines, share) for share in SHARES}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for share, found in by_share.items():
+        for need in found:
+            row = rows.setdefault((need.reward, need.label), {"reward": need.reward, "method": need.label})
+            row[f"images to {share:.0%} of GRPO's gain"] = f"{need} for {need.gain:+.3f}"
+    return [row for row in rows.values() if len(row) == 2 + len(SHARES)]
+
+
+def need_findings(lines: Sequence[Line]) -> Iterator[str]:
+    """What was expected of reward gradients and of VARD, and whether it holds."""
+    found = {(need.reward, need.label): need for need in needs(lines)}
+    for (reward, label), need in found.items():
+        against = found[reward, AGAINST]
+        if label == AGAINST or (reward == "gold" and label != "vard"):
+            continue
+        said = f"{label} needs {need} images for the {need.gain:+.3f} that grpo ends with on {reward}, grpo {against}"
+        if against.mean is None:
+            share = None if need.mean is None else need.mean / against.budget
+            said += "" if share is None else f": at most {share:.2f} of them"
+        else:
+            share = None if need.mean is None else need.mean / against.mean
+            said += "" if share is None else f": {share:.2f} of them"
+        if reward == "clip":
+            yield f"{said}. A fifth at most is {'reached' if share is not None and share <= FIFTH else 'not reached'}."
+        else:
+            yield f"{said}. Fewer than grpo's: {'yes' if share is not None and share < 1 else 'no'}."

@@ -1,0 +1,274 @@
+"""`t2i-align bench hacking-study`: runs that go on past their reward's optimum, with and without guards.
+
+The reward is a sibling of tiny_pick, another one for each seed: one preference model, as one usually has. It is
+differentiable, so that DRaFT-1 moves it fast; gold is the verifier. A cell is a run with one guard:
+
+    none    the sibling alone
+    lcb     the lower confidence bound of the three bootstrapped siblings, mean - k std
+    kl      the sibling, and a KL to the base in the loss
+    stop    the sibling; the run ends when gold on held-out prompts stops rising, and the best weights are kept
+    warm    the average of the siblings' weights (WARM, arXiv 2401.12187), which is tiny_pick's mean
+
+Every twelfth of a run gold, proxy and KL are measured on 64 held-out prompts; the weights that are kept in the end on
+others. The proxy is tiny_pick's mean for all, whatever is trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import pstdev
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from t2i_align.arms import arms
+from t2i_align.bench.recipes import COMMON, GOLD, METHODS, laid_over
+from t2i_align.bench.steering import bench_prompts
+from t2i_align.bench.training import BATCH, COUNTS, PIPELINE, numbers, short
+from t2i_align.config import load_config
+from t2i_align.data.images import LABEL_HEIGHT
+from t2i_align.errors import T2IError
+from t2i_align.evaluation import draw
+from t2i_align.methods import read_method
+from t2i_align.pipelines import call_keywords, load_pipeline
+from t2i_align.prompts import Prompts
+from t2i_align.rewards import load_reward
+from t2i_align.runs import environment, read_jsonl, write_text
+from t2i_align.training.blocks import RunConfig, load_run
+from t2i_align.training.checkpoints import checkpoints, read_checkpoint
+from t2i_align.training.honest import EVALUATIONS
+from t2i_align.training.run import LORA, train
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PROXY, SIBLINGS = "tiny_pick", 3
+IMAGES, LOOKS, POINTS = 1_536, 12, 40
+EVALUATION = 3.0  # minutes that judging a cell takes
+PROMPT_SEED, NOISE_SEED = 44_000, 45_000
+PICTURES, GAP = 8, 2  # prompts of a strip of pictures, pixels between contact sheets' cells
+SAMPLER = {"steps": 8, "guidance": 1.0}  # as training draws its images
+
+# What is trained on at what weight of the KL, by method; blocks over those of the training bench.
+BASES: dict[str, dict[str, Any]] = {
+    "draft": {
+        "method": {"keep": 1, "batch_size": 16},
+        "prompts": {"per_round": 16},
+        "train": {"learning_rate": 1e-3},
+    },
+    "grpo": METHODS["grpo"],
+}
+GUARDS: dict[str, dict[str, dict[str, Any]]] = {
+    "none": {},
+    "lcb": {"reward": {"use": "lcb(tiny_pick, k=1)"}},
+    "kl": {"draft": {"kl": 0.05}, "grpo": {"beta": 0.01}},
+    "stop": {"evaluate": {"stop": {"watch": GOLD, "patience": 3}}},
+    "warm": {"reward": {"use": PROXY}},
+}
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run: `guard` is one of `GUARDS`; `label` names a try of other settings, `words`."""
+
+    guard: str
+    seed: int
+    images: int = IMAGES
+    method: str = "draft"
+    label: str = ""
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its folders."""
+        method = "" if self.method == "draft" else self.method
+        return ".".join(part for part in (method, self.guard, f"s{self.seed}", self.label) if part)
+
+    @property
+    def reward(self) -> dict[str, Any]:
+        """What is trained on."""
+        return {PROXY: GUARDS[self.guard].get("reward", {"use": PROXY, "options": {"sibling": self.seed % SIBLINGS}})}
+
+    def config(self, out: Path) -> RunConfig:
+        """The config of its run in the folder `out`.
+
+        Raises:
+            ConfigError: settings that do not fit together.
+            T2IError: fewer images than the rounds of its evaluations have.
+        """
+        known = read_method({"use": self.method})[1].__class__.model_fields
+        common = COMMON | {"method": {name: value for name, value in COMMON["method"].items() if name in known}}
+        guard = GUARDS[self.guard]
+        blocks = laid_over(common, BASES[self.method])
+        blocks["method"] = {"use": self.method} | blocks["method"] | guard.get(self.method, {})
+        blocks["train"] |= {"steps": 1, "seed": self.seed}
+        blocks["evaluate"] = {
+            "prompts": {"split": "heldout", "kinds": blocks["prompts"]["kinds"], "size": 64},
+            "watch": [GOLD, PROXY],
+            "batch_size": BATCH,
+            **SAMPLER,
+            **guard.get("evaluate", {}),
+        }
+        blocks |= {"out": str(out), "reward": self.reward, "log": {"tensorboard": False, "pictures": PICTURES}}
+        asked = load_config(RunConfig, blocks, self.words)  # to see the size of a round
+        s = read_method(asked.method)[1]
+        rounds, updates = self.images // (asked.prompts.per_round * s.group), s.epochs * s.minibatches
+        if rounds < LOOKS:
+            least = LOOKS * asked.prompts.per_round * s.group
+            raise T2IError(f"Expected {least} images or more, a round per evaluation, but got {self.images}.")
+        rounds -= rounds % LOOKS
+        blocks["evaluate"]["every"] = rounds // LOOKS * updates
+        blocks["train"] |= {"steps": rounds * updates, "log_every": max(1, rounds // POINTS) * updates}
+        blocks["train"]["checkpoint_every"] = blocks["evaluate"]["every"]
+        return load_run(blocks, self.words)
+
+
+def cells(images: int = IMAGES, seeds: int = 3, method: str = "draft") -> list[Cell]:
+    """All cells of the study."""
+    return [Cell(guard, seed, images, method) for seed in range(seeds) for guard in GUARDS]
+
+
+@dataclass
+class Study:
+    """The study's settings; `out`: folder of the results; `work`: of the runs; `prompts`: that kept weights are judged
+    on; `minutes`: that a call may take.
+    """
+
+    out: Path
+    work: Path
+    prompts: int = 200
+    minutes: float = 20.0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Minutes of this call."""
+        return self.minutes - (time.monotonic() - self.began) / 60
+
+    def path(self, cell: Cell) -> Path:
+        """The result of a cell; tries lie apart."""
+        return self.out / ("tuning" if cell.label else "") / cell.name / "result.json"
+
+    def progress(self, cell: Cell) -> str:
+        """How far a cell is, in a word or two."""
+        if self.path(cell).is_file():
+            return "done"
+        found = checkpoints(self.work / cell.name)
+        if not found:
+            return "to do"
+        return f"at update {read_checkpoint(found[-1])['step']} of {cell.config(self.work / cell.name).train.steps}"
+
+    def base(self) -> Result:
+        """The base's scores, measured once and kept in a file."""
+        path = self.out / "base.json"
+        if path.is_file():
+            return self._known(path)
+        result = {"prompts": self.prompts, "scores": self.measure(load_pipeline(PIPELINE, channels_last=True))}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(result) + "\n")
+        return result
+
+    def run(self, cell: Cell) -> Result | None:
+        """The result of a cell, from its file or by going on with its run; None if time was up before.
+
+        Raises:
+            T2IError: the file is of a study with other settings; the run cannot go on.
+        """
+        path = self.path(cell)
+        if path.is_file():
+            return self._known(path, cell)
+        config = cell.config(self.work / cell.name)
+        found = checkpoints(config.folder)
+        spent = read_checkpoint(found[-1])["seconds"] / 60 if found else 0.0
+        done = train(config, resume=True, minutes=spent + max(0.0, self.left))
+        print(f"{cell.name}: {done.step} of {config.train.steps} updates", file=sys.stderr, flush=True)
+        looks = read_jsonl(config.folder / EVALUATIONS)
+        ended = done.step >= config.train.steps or (config.evaluate.stop is not None and given_up(looks, config))
+        if not ended or self.left < min(EVALUATION, self.minutes / 2):
+            return None
+        self.base()
+        result = self._describe(cell, config, looks, done.kept)
+        pipe = load_pipeline(PIPELINE, channels_last=True)
+        with arms(pipe, done.folder / LORA) as contexts, contexts["tuned"]:
+            result["scores"] = self.measure(pipe)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if cell.seed == 0:
+            peak = max(looks, key=lambda look: look[GOLD])["step"]
+            for name, step in {"before": 0, "peak": peak, "end": looks[-1]["step"], "kept": done.kept["step"]}.items():
+                strip(config.folder / "samples" / f"step-{step:06d}.png").save(path.parent / f"{name}.png")
+        write_text(path, json.dumps(result) + "\n")
+        return result
+
+    def measure(self, pipe: DiffusionPipeline) -> dict[str, list[float]]:
+        """Gold and proxy, one number per prompt, and the siblings' disagreement."""
+        table = self.prompts_of()
+        call = call_keywords(PIPELINE, SAMPLER["steps"], SAMPLER["guidance"])  # type: ignore[arg-type]
+        images = draw(pipe, table, 1, NOISE_SEED, BATCH, "drawing held-out images", **call)
+        proxy = load_reward(PROXY).scores(images, table)
+        assert proxy.std is not None
+        scores = {"gold": load_reward(GOLD).scores(images, table).total, "proxy": proxy.total, "doubt": proxy.std}
+        return {name: numbers(values) for name, values in scores.items()}
+
+    def prompts_of(self) -> Prompts:
+        """The prompts that kept weights are judged on; the looks of a run have others."""
+        return bench_prompts(self.prompts, PROMPT_SEED, "heldout", min(self.prompts // 2, COUNTS["heldout"]))[0]
+
+    def _known(self, path: Path, cell: Cell | None = None) -> Result:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {"prompts": self.prompts} | ({} if cell is None else {"budget": cell.images})
+        if any(result[name] != value for name, value in wanted.items()):
+            raise T2IError(f"{path} is of a study with other prompts or images: choose another --out.")
+        return result
+
+    def _describe(self, cell: Cell, config: RunConfig, looks: list[dict[str, Any]], kept: Mapping[str, Any]) -> Result:
+        """What is kept of a run besides scores of its result: settings, cost, its path."""
+        s = read_method(config.method)[1]
+        per_update = config.prompts.per_round * s.group / (s.epochs * s.minibatches)
+        state = read_checkpoint(checkpoints(config.folder)[-1])
+        shown = {"gold": GOLD, "proxy": PROXY, "reward": "reward"}
+        shown |= {name: name for name in ("kl", "diversity", "sharpness", "saturation")}
+        blocks = ("policy", "prompts", "train")
+        return {
+            "cell": cell.name,
+            **{name: getattr(cell, name) for name in ("guard", "method", "seed", "label", "words", "reward")},
+            "budget": cell.images,
+            "prompts": self.prompts,
+            "images": round(state["step"] * per_update),
+            "updates": state["step"],
+            "seconds": round(state["seconds"], 1),
+            "spread": {
+                new: pstdev(sum(looks[0]["scores"][old], [])) for new, old in (("gold", GOLD), ("proxy", PROXY))
+            },
+            "looks": [
+                {"images": round(row["step"] * per_update)}
+                | {new: short(row[old]) for new, old in shown.items() if old in row}
+                for row in looks
+            ],
+            "kept": [row["step"] for row in looks].index(kept["step"]),
+            "config": {name: getattr(config, name).model_dump(mode="json") for name in blocks}
+            | {"method": config.method},
+            "environment": environment(),
+        }
+
+
+def given_up(looks: list[dict[str, Any]], config: RunConfig) -> bool:
+    """Whether a run with `stop` has ended: its watched score has not risen for so many looks."""
+    stop = config.evaluate.stop
+    assert stop is not None
+    values = [look[stop.watch] for look in looks]
+    return len(values) - 1 - values.index(max(values)) >= stop.patience
+
+
+def strip(path: Path) -> Image.Image:
+    """The lower row of an evaluation's contact sheet: the pictures of its weights, in few colours."""
+    sheet = Image.open(path).convert("RGB")
+    height = (sheet.height - GAP - 2 * LABEL_HEIGHT) // 2
+    top = sheet.height - height
+    return sheet.crop((0, top, sheet.width, sheet.height)).quantize(128)
