@@ -2,11 +2,14 @@
 
     python benchmarks/scoring.py [MODEL ...] [--prompts 8] [--images 4] [--batch 32] [--runs 3] [--device cpu]
     python benchmarks/scoring.py --memory            # memory from 1,000 to 20,000 images
+    python benchmarks/scoring.py --image-reward [--original /tmp/originals]       # beside its original loop
+    python benchmarks/scoring.py --together          # five scorers in one process, and each in its own
 
 `loop` is what a notebook does: each image by itself, Pillow preprocessing, its text encoded with it, fp32. `job` is
 `score_file` from files on disk to the table on disk. `bare` is the tower's two encoders alone, on one prepared batch
-and the different texts, without a file or a table. Scores of random weights mean nothing; their differences do.
-Seconds of the clock, and of the processor (all threads), which other programs on the machine disturb less.
+and the different texts, without a file or a table. The last two are explained in `published.py`. Scores of random
+weights mean nothing; their differences do. Seconds of the clock, and of the processor (all threads), which other programs on
+the machine disturb less.
 """
 
 import argparse
@@ -121,11 +124,15 @@ def seconds(function, device):
     return (time.perf_counter() - started, time.process_time() - worked), values
 
 
+def make_rows(folder, options):
+    images = make_images(folder, options.prompts * options.images, options.size)
+    return [Row(path, f"a picture of {n // options.images} things in a room") for n, path in enumerate(images)]
+
+
 def compare(name, options):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        images = make_images(folder, options.prompts * options.images, options.size)
-        rows = [Row(path, f"a picture of {n // options.images} things in a room") for n, path in enumerate(images)]
+        rows = make_rows(folder, options)
         cases = Cases(name, rows, folder, options.device, options.batch)
         ways = {
             "loop": cases.loop,
@@ -210,8 +217,20 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", nargs="?", const="tiny_clip")
+    parser.add_argument("--image-reward", action="store_true")
+    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--original", type=Path, help="environment of parity/environment.py with the wheel")
+    parser.add_argument("--scale", choices=("full", "reduced"), default="full", help="of these two's networks")
+    parser.add_argument("--emulate", action="store_true", help="bf16 also on a CPU without it")
     chosen = parser.parse_args()
-    if chosen.memory:
+    if chosen.image_reward or chosen.together:
+        import published
+
+        kinds = [kind for kind in ("image_reward", "together") if getattr(chosen, kind)]
+        for kind in kinds:
+            with tempfile.TemporaryDirectory() as place:
+                published.run(kind, make_rows(Path(place), chosen), Path(place), chosen)
+    elif chosen.memory:
         memory(chosen.memory)
     else:
         for model in chosen.models:

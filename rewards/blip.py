@@ -93,7 +93,7 @@ class Blip(nn.Module):
     def tokens(self, prompts: Sequence[str]) -> Any:
         """Token ids and mask, padded to the longest; warns of prompts that are cut."""
         for prompt in dict.fromkeys(prompts):
-            if len(self.tokenise(prompt).input_ids) > self.context:
+            if len(self.tokenise(prompt, verbose=False).input_ids) > self.context:
                 warnings.warn(f"Only the first {self.context} tokens of {prompt!r:.80} are read.", stacklevel=2)
         return self.tokenise(list(prompts), padding=True, truncation=True, max_length=self.context, return_tensors="pt")
 

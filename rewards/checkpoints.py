@@ -126,7 +126,7 @@ def _transformers(spec: TowerSpec) -> Tower:
         return tokeniser(texts, **options).input_ids
 
     def length(text: str) -> int:
-        return len(tokeniser(text).input_ids)
+        return len(tokeniser(text, verbose=False).input_ids)  # the tower warns itself
 
     side = network.config.vision_config.image_size
     published = Preprocessing((side, side), CLIP_MEAN, CLIP_STD, floor_crop=True)

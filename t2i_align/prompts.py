@@ -37,7 +37,7 @@ class Prompts(Sequence[str]):
 
         Raises:
             TypeError: not a string, a sequence of strings or a `Prompts`.
-            T2IError: the number of prompts is not `rows`.
+            T2IError: the number of prompts is not `rows`, or one cannot be written as UTF-8.
         """
         if isinstance(prompts, Prompts):
             table = prompts
@@ -48,6 +48,11 @@ class Prompts(Sequence[str]):
         wrong = [text for text in table.text if not isinstance(text, str)]
         if wrong:
             raise TypeError(f"Expected prompts to be strings but got {wrong[0]!r:.80}.")
+        for text in dict.fromkeys(table.text):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # half of a surrogate pair, as a cut JSON escape leaves it
+                raise T2IError(f"Expected prompts to be UTF-8 text but got {text!r:.80}.") from error
         if rows is not None and len(table) != rows:
             raise T2IError(f"Expected one prompt for each of {rows} images but got {len(table)} prompts.")
         return table

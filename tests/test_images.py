@@ -362,3 +362,12 @@ def test_damaged_files_are_pictures_or_image_errors(tmp_path, suffix):
         except ImageError as error:
             seen.add("error" if path.name in str(error) else str(error))
     assert seen == {"RGB", "error"}
+
+
+@pytest.mark.parametrize(
+    "images", [Image.new("RGB", (0, 5)), np.zeros((0, 5, 3), np.uint8), torch.zeros(3, 0, 4), torch.zeros(2, 3, 4, 0)]
+)
+def test_images_without_pixels_are_refused(images):
+    with pytest.raises(ValueError, match="images with pixels"):
+        to_tensors(images)
+    assert len(to_tensors(torch.zeros(0, 3, 4, 4))) == 0

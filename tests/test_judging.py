@@ -1,6 +1,7 @@
 """Judging scorers: accuracy with intervals, calibration, stability under changes, and the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,10 +9,16 @@ import torch
 from PIL import Image, ImageDraw
 
 from t2i_align.data.preferences import Preferences, Ranking
+from t2i_align.errors import T2IError
 from t2i_align.judging.accuracy import accuracy
 from t2i_align.judging.changes import CHANGES, allowed, write_words
 from t2i_align.judging.drawn import draw_preferences
-from t2i_align.judging.judge import collect, judge, score
+from t2i_align.judging.judge import judge
+from t2i_align.judging.paraphrases import paraphrases, read_paraphrases
+from t2i_align.judging.samples import best_of, read_samples
+from t2i_align.judging.score import collect, score
+from t2i_align.playground.grammar import parse
+from t2i_align.playground.proxies import measure_swaps
 from t2i_align.rewards import FunctionScorer, load_reward
 
 
@@ -88,21 +95,119 @@ def shades(tmp_path):
 
 
 def test_a_scorer_is_judged_pair_by_pair(shades):
-    (row,), distances = judge([brightness()], {"shades": shades})
+    (row,), distances, _ = judge([brightness()], {"shades": shades})
     assert row.accuracy.right == pytest.approx(4 / 5)  # three pairs, one, one wrong; the tie is no pair
     assert row.accuracy.pairs == 5
     assert row.flips == dict.fromkeys(CHANGES, 0.0)
     assert distances["shades"].shape == (1, 1)
-    assert judge([brightness()], {"shades": shades}, limit=1)[0][0].accuracy.pairs == 3
+    assert judge([brightness()], {"shades": shades}, limit=1).rows[0].accuracy.pairs == 3
 
 
 def test_words_fool_a_scorer_that_reads_the_strip(shades):
     def strip(images):  # likes what is written on
         return images[:, :, -6:].amax((1, 2, 3)) - images[:, :, -6:].amin((1, 2, 3)) + 0.01 * images.mean((1, 2, 3))
 
-    row = judge([load_reward(FunctionScorer(strip, "strip"))], {"shades": shades})[0][0]
+    row = judge([load_reward(FunctionScorer(strip, "strip"))], {"shades": shades}).rows[0]
     assert row.fooled == 1
-    assert judge([brightness()], {"shades": shades})[0][0].fooled == 0
+    assert judge([brightness()], {"shades": shades}).rows[0].fooled == 0
+
+
+def test_paraphrases_say_the_same():
+    found = dict(paraphrases("an orange star left of a red square on a gray background."))
+    assert found == {
+        "case": "An orange star left of a red square on a gray background.",
+        "stop": "an orange star left of a red square on a gray background",
+        "spelling": "an orange star left of a red square on a grey background.",
+        "article": "a orange star left of an red square on an gray background.",
+        "order": "a red square right of an orange star on a gray background",
+    }
+    for text in ("a red circle", "two green stars on a gray background", "a red star and a red circle"):
+        facts = set(map(str, parse(text).facts()))
+        assert all(set(map(str, parse(said).facts())) == facts for _, said in paraphrases(text))
+    assert dict(paraphrases("A gray cat and the Dog!"))["spelling"] == "A grey cat and the Dog!"
+    assert dict(paraphrases("A gray cat and the Dog."))["order"] == "The Dog and a gray cat."
+    assert "order" not in dict(paraphrases("a cat and a dog in a park near a river"))
+    assert [rule for rule, _ in paraphrases("hi!", {"hi!": ("hello!", "hi!")})] == ["case", "given"]
+
+
+def test_a_scorer_of_letters_turns_under_paraphrases(shades, tmp_path):
+    def capital(images, prompts):
+        sign = torch.tensor([-1.0 if text[0].isupper() else 1.0 for text in prompts])
+        return sign * images.mean((1, 2, 3))
+
+    row = judge([load_reward(FunctionScorer(capital, "capital"))], {"shades": shades}).rows[0]
+    assert row.reworded == {"case": 1.0, "stop": 0.0, "all": 0.5}
+    table = tmp_path / "said.csv"
+    table.write_text("prompt,paraphrase\nprompt 0,Another\nprompt 0,the same\nprompt 1,\n")
+    given = read_paraphrases(table)
+    assert given == {"prompt 0": ("Another", "the same")}
+    again = judge([load_reward(FunctionScorer(capital, "capital"))], {"shades": shades}, given=given).rows[0]
+    assert again.reworded["given"] == 0.5
+    assert judge([brightness()], {"shades": shades}).rows[0].reworded == {}  # it reads no prompt
+    with pytest.raises(T2IError, match="columns prompt and paraphrase"):
+        read_paraphrases("prompt")
+
+
+def test_what_a_scorer_refuses_is_no_paraphrase_for_it(tmp_path):
+    found = draw_preferences(tmp_path, 4, seed=1)
+    given = {ranking.prompt: ("a scarlet disc",) for ranking in found.rankings}
+    row = judge([load_reward("verifier")], {"drawn": found}, given=given).rows[0]
+    assert "given" not in row.reworded
+    assert set(row.reworded.values()) == {0.0}  # gold reads its grammar's other words alike
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Eight grey pictures of two prompts each, brighter ones darker in blue."""
+    rng, folder = np.random.default_rng(0), tmp_path / "samples"
+    folder.mkdir()
+    rows = []
+    for number in range(16):
+        light, blue = rng.integers(0, 256, 2).tolist()
+        Image.new("RGB", (64, 64), (light, light, blue)).save(folder / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "prompt": f"a red {('circle', 'star')[number // 8]}"}))
+    (folder / "results.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_samples_are_ranked_by_gold(samples):
+    blue = load_reward(FunctionScorer(lambda images: images[:, 2].mean((1, 2)), "blue"))
+    found = read_samples(str(samples), blue)
+    assert [len(ranking.images) for ranking in found.rankings] == [8, 8]
+    assert judge([blue], {"s": found}).rows[0].accuracy.right == 1
+    plain = judge([blue, brightness()], {"s": read_samples(str(samples))})
+    assert plain.rows[0].accuracy.pairs == 0
+    assert 0 < plain.distances["s"][0, 1] < 2
+    for file in samples.glob("*.png"):
+        if file.stem not in ("0", "15"):
+            file.unlink()
+    (samples / "results.jsonl").unlink()
+    with pytest.raises(T2IError, match="several images of a prompt"):
+        read_samples(str(samples))
+
+
+def test_optimisation_is_seen_in_gains_and_distances(samples):
+    def channel(row):
+        return load_reward(FunctionScorer(lambda images: images[:, row].mean((1, 2)), f"channel {row}"))
+
+    red, blue = channel(0), channel(2)
+    found = judge([red, blue, red + blue], {"base": read_samples(str(samples))}, base="base", best=2)
+    assert list(found.gains) == [
+        "best of 2 by channel 0",
+        "best of 2 by channel 2",
+        f"best of 2 by {(red + blue).name}",
+    ]
+    assert found.gains["best of 2 by channel 0"][0] > 0.2  # 0.56 expected of a Gaussian
+    assert found.gains["best of 2 by channel 0"][0] > found.gains["best of 2 by channel 0"][1]
+    assert set(found.distances) == {"base", *found.gains}
+    values = torch.tensor([1.0, 3.0, float("nan"), 2.0, 5.0])
+    assert best_of(values, [[0, 1, 2, 3], [4, 0]], 2) == [1, 3]
+
+
+def test_swapped_colours_ask_for_binding():
+    assert measure_swaps(load_reward("verifier"), 30)["right"] == 1
+    bag = load_reward(FunctionScorer(lambda images, prompts: torch.tensor([float(len(p)) for p in prompts]), "bag"))
+    assert measure_swaps(bag, 30)["right"] == 0  # the same words: a tie
 
 
 def test_an_image_under_two_prompts_is_scored_for_each(shades):
@@ -115,7 +220,7 @@ def test_an_image_under_two_prompts_is_scored_for_each(shades):
 
 def test_drawn_preferences_are_the_verifiers(tmp_path):
     found = draw_preferences(tmp_path, 8, seed=1)
-    gold = judge([load_reward("verifier")], {"drawn": found})[0][0]
+    gold = judge([load_reward("verifier")], {"drawn": found}).rows[0]
     assert gold.accuracy.right == 1
     assert gold.accuracy.pairs > 10
     assert all(ranking.merits[0] == 1 for ranking in found.rankings)
@@ -141,12 +246,32 @@ def test_the_command_writes_a_table_and_a_page(cli, tmp_path):
     assert clip["accuracy"]["right"] == 1
     assert clip["accuracy"]["pairs"] == 3
     assert len(results["starc"]["playground"]) == 3
+    assert results["captions"]["tiny_clip"]["colours swapped"]["scenes"] < 4
     assert set(results["captions"]) == {"tiny_clip", "mean(tiny_clip, tiny_pick)"}
     assert "Captions with one false fact" in (tmp_path / "out" / "index.html").read_text()
     code, _, err = cli(*words, "--rewards", "tiny_clip")
     assert code == 2
     assert "--overwrite" in err
     assert cli("rewards", "evaluate", "--rewards", "tiny_clip", "--no-playground", "--out", tmp_path / "no")[0] == 2
+    words = ["rewards", "evaluate", "--rewards", "tiny_clip", "--no-playground", "--out", tmp_path / "no"]
+    assert "nothing to judge" in cli(*words)[2]
+    assert "--best-of 2 or more" in cli(*words, "--data", tmp_path / "test.json", "--best-of", 4)[2]
     code, _, err = cli("rewards", "evaluate", "--rewards", "rank(tiny_clip)", "--out", tmp_path / "no", "--scenes", 8)
     assert code == 2
     assert "cannot be judged" in err
+
+
+def test_the_command_compares_base_and_optimised_samples(cli, samples, tmp_path):
+    words = ["rewards", "evaluate", "--rewards", "jpeg_compressibility", "--gold", "verifier", "--no-playground"]
+    more = shutil.copytree(samples, tmp_path / "more")
+    sets = ["--base", samples, "--optimised", more, "--best-of", 2]
+    code, _, err = cli(*words, *sets, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["scorers"] == ["jpeg_compressibility", "verifier"]
+    assert "best of 2 by jpeg_compressibility" in results["starc"]
+    assert results["gains"][str(more)] == [0, None]  # grey pictures are all alike to the verifier
+    assert "Under optimisation" in (tmp_path / "out" / "index.html").read_text()
+    code, _, err = cli(*words, "--base", samples, "--best-of", 5, "--out", tmp_path / "no")
+    assert code == 2
+    assert "10 images of a prompt" in err

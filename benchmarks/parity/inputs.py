@@ -238,7 +238,7 @@ def shapes_of(scorer: str, size: str) -> dict[str, tuple[int, ...]]:
         return blip_shapes(**SIZES["blip"][size], places=HEADS[scorer])
     if scorer in ("hpsv3", "vqascore"):
         return hpsv3_shapes() if scorer == "hpsv3" else vqascore_shapes()
-    table = open_clip_shapes if scorer == "hpsv2" else transformers_clip_shapes
+    table = open_clip_shapes if scorer.startswith("hpsv2") else transformers_clip_shapes
     return table(**SIZES["clip"][size])
 
 

@@ -1,6 +1,6 @@
 """Our modules on the cases of the fixtures, with the same weights from the seed; the tests run it at the reduced size.
 
-    python benchmarks/parity/ours.py image_reward full
+    python -m benchmarks.parity.ours image_reward full
 
 prints the largest relative difference from the original's scores.
 """
@@ -62,6 +62,8 @@ def compare(scorer: str, size: str, folder: Path) -> list[Case]:
 
 
 def _write(scorer: str, size: str, file: Path) -> None:
+    if file.exists():  # of an earlier call: the weights depend on the scorer and size alone
+        return
     drawn = inputs.draw_weights(inputs.shapes_of(scorer, size))
     save_file({name: torch.from_numpy(np.array(value)) for name, value in drawn.items()}, file)
 
@@ -79,7 +81,7 @@ def _blip(scorer: str, size: str, folder: Path) -> Scorer:
 def _hpsv2(scorer: str, size: str, folder: Path) -> Scorer:
     import open_clip
 
-    from t2i_align.rewards.hpsv2 import HPSv2
+    from t2i_align.rewards.hpsv2 import HPSv2, HPSv21
 
     s, name = inputs.SIZES["clip"][size], f"parity-{size}"
     eye = {"image_size": 224, "layers": s["layers"], "width": s["width"], "head_width": s["head"], "patch_size": 14}
@@ -88,7 +90,7 @@ def _hpsv2(scorer: str, size: str, folder: Path) -> Scorer:
     (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / f"{name}.json")
     _write(scorer, size, folder / "weights.safetensors")
-    return HPSv2(str(folder / "weights.safetensors"), model=name)
+    return (HPSv2 if scorer == "hpsv2" else HPSv21)(str(folder / "weights.safetensors"), model=name)
 
 
 def _pickscore(scorer: str, size: str, folder: Path) -> Scorer:
@@ -129,6 +131,7 @@ MAKE: dict[str, Callable[[str, str, Path], Scorer]] = {
     "hpsv3": _hpsv3,
     "vqascore": _vqascore,
     "hpsv2": _hpsv2,
+    "hpsv2.1": _hpsv2,  # no fixtures: the same network with other weights
     "pickscore": _pickscore,
 }
 

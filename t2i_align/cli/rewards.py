@@ -133,6 +133,19 @@ def evaluate(
         Option("--data", help="Preferences: a .json, .jsonl, .csv or .parquet file, or a folder; may be repeated."),
     ] = None,
     root: Annotated[Path | None, Option(help="Folder of the images. [default: that of the file]")] = None,
+    base: Annotated[
+        str, Option(help="Samples of the base model, several a prompt: a folder of `generate`, or what `score` reads.")
+    ] = "",
+    optimised: Annotated[
+        list[str] | None, Option(help="Samples optimised for some reward, of the same prompts; may be repeated.")
+    ] = None,
+    best_of: Annotated[
+        int, Option(min=0, help="Also the best of so many of the base's samples, by each scorer. [default: none]")
+    ] = 0,
+    gold: Annotated[str, Option(help="Scorer whose order of samples is taken for the truth.")] = "",
+    paraphrases: Annotated[
+        str, Option(help="Table of prompts in other words, beside those made by rule: columns prompt, paraphrase.")
+    ] = "",
     playground: Annotated[bool, Option(help="Also scenes that are drawn, and captions with one false fact.")] = True,
     scenes: Annotated[int, Option(min=4, help="Drawn scenes.")] = 200,
     limit: Annotated[int | None, Option(min=1, help="Rankings of each set. [default: all]")] = None,
@@ -143,22 +156,25 @@ def evaluate(
     """Judge scorers by people's preferences: pairwise accuracy, calibration, stability, distances, false captions.
 
     Pick-a-Pic, HPDv2, ImageRewardDB and ImageReward's test.json are known by their columns, folders of pairs by their
-    names w/ and l/.
+    names w/ and l/. Samples of a base model and optimised ones show how far scorers part under optimisation.
     """
     from t2i_align.errors import T2IError
     from t2i_align.judging.job import Judging, run
     from t2i_align.rewards import check_reward, split_rewards
 
     names = split_rewards(specs)
-    if not names or not (data or playground):
+    if not names or not (data or playground or base or optimised):
         raise T2IError(
-            f"Expected scorers, and --data or the playground, but got {specs!r} and nothing to judge them on."
+            f"Expected scorers, and --data, --base or the playground, but got {specs!r} and nothing to judge them on."
         )
-    for name in names:
+    if best_of == 1 or (best_of and not base):
+        raise T2IError(f"Expected --best-of 2 or more, of the samples of --base, but got {best_of} of {base!r}.")
+    for name in (*names, *([gold] if gold else [])):
         check_reward(name)
     settings = Judging(
-        rewards=tuple(names), data=tuple(data or ()), root=str(root or ""), playground=playground, scenes=scenes,
-        limit=limit, seed=seed,
+        rewards=tuple(names), data=tuple(data or ()), root=str(root or ""), base=base, optimised=tuple(optimised or ()),
+        best_of=best_of, gold=gold, paraphrases=paraphrases, playground=playground, scenes=scenes, limit=limit,
+        seed=seed,
     )  # fmt: skip
 
     from t2i_align.cli.tables import print_table

@@ -143,7 +143,7 @@ def to_tensors(images: Any) -> Tensor | list[Tensor]:  #  Images
     Raises:
         ImageError: an image that cannot be read.
         TypeError: something that is not an image.
-        ValueError: a tensor of another shape or range.
+        ValueError: a tensor of another shape or range, or an image without pixels.
     """
     if isinstance(images, Tensor) and images.ndim == 4:
         return _checked(images)
@@ -154,6 +154,9 @@ def to_tensors(images: Any) -> Tensor | list[Tensor]:  #  Images
     if not isinstance(images, Sequence):
         raise TypeError(f"Expected images to be PIL images, paths, arrays or a tensor but got {type(images).__name__}.")
     tensors = [_one(image) for image in images]
+    empty = next((tuple(tensor.shape) for tensor in tensors if not tensor.numel()), None)
+    if empty:
+        raise ValueError(f"Expected images with pixels but got one of shape {empty}.")
     same = len({tensor.shape for tensor in tensors}) == 1
     return torch.stack(tensors) if same else tensors
 
@@ -178,6 +181,8 @@ def _checked(images: Tensor) -> Tensor:
             f"Expected a float tensor (B, 3, H, W) or (3, H, W) in [0, 1] but got {images.dtype} of shape "
             f"{tuple(images.shape)}."
         )
+    if not images[:1].numel() and len(images):
+        raise ValueError(f"Expected images with pixels but got some of shape {tuple(images.shape[1:])}.")
     low, high = (float(edge) for edge in images.detach().aminmax()) if images.numel() else (0.0, 1.0)
     if not (low >= -0.01 and high <= 1.01):  # rounding of fp16 and bicubic overshoot pass, [-1, 1] and [0, 255] do not
         raise ValueError(f"Expected pixel values in [0, 1] but got [{low:.3g}, {high:.3g}]; rescale the images.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -119,6 +121,27 @@ def measure_captions(scorer: Scorer, scenes: int = 1000, seed: int = MEASURING_S
         right.setdefault(sort, []).append(true_score > false_score)
     right["all"] = [value for values in right.values() for value in values]
     return {sort: {"right": fmean(values), "scenes": len(values)} for sort, values in right.items()}
+
+
+def measure_swaps(scorer: Scorer, scenes: int = 1000, seed: int = MEASURING_SEED) -> dict[str, float]:
+    """How often a scene of two things scores higher with its caption than with one whose two colours change places.
+
+    The words are the same, so that only a scorer that binds a colour to its shape does better than a coin. Ties are
+    not right. NaN where no scene has two things of different colours and shapes.
+    """
+    images, captions = [], []
+    for scene in sample_scenes(scenes, seed, "heldout"):
+        things = scene.caption.things
+        if len(things) < 2 or things[0].colour == things[1].colour or things[0].shape == things[1].shape:
+            continue
+        one, other = things
+        swapped = (one._replace(colour=other.colour), other._replace(colour=one.colour))
+        images += [scene.render()] * 2
+        captions += [str(scene.caption), str(replace(scene.caption, things=swapped))]
+    if not images:
+        return {"right": math.nan, "scenes": 0}
+    true_score, false_score = scorer.scores(images, captions).total.reshape(-1, 2).T
+    return {"right": float((true_score > false_score).float().mean()), "scenes": len(true_score)}
 
 
 def mistakes(scorer: Scorer, samples: Judged, number: int = 8, sheet: Path | None = None) -> list[dict[str, Any]]:

@@ -126,6 +126,35 @@ def test_sizes_may_differ_within_a_call(scorer, pictures, prompts):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1), (300, 20)])
+def test_odd_sizes_are_scored_or_refused_with_a_reason(scorer, prompts, size):
+    picture = Image.new("RGB", size, "red")
+    if (scorer.name == "clip_iqa" and min(size) < 31) or (scorer.name == "vlm_judge" and min(size) < 2):
+        pytest.skip("smaller than what it reads")
+    assert scorer.scores(picture, prompts[:1]).total.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prompt", ["", " ", "猫と犬 🐱 – naïve", "a\nb\tc", "a\0b", "{text_prompt} {} %s"])
+def test_odd_prompts_are_scored_alike_in_any_batch_or_refused(scorer, pictures, prompt):
+    asked = table(scorer, prompt)
+    if scorer.refuse(asked[0]):
+        with pytest.raises(RewardError, match="cannot score"):
+            scorer.scores(pictures[0], asked)
+        return
+    alone, (first, _) = (
+        scorer.scores(pictures[0], asked).total,
+        scorer.scores(pictures[:2], asked + table(scorer, PROMPT)).total,
+    )
+    assert alone.isfinite().all()
+    torch.testing.assert_close(alone[0], first, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_that_is_no_text_is_refused(scorer, pictures):
+    with pytest.raises(ValueError, match="UTF-8 text"):
+        scorer.scores(pictures[0], table(scorer, "half a pair \ud800"))
+
+
 def test_values_stay_in_the_declared_range(scorer, prompts):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(3)]
