@@ -34,6 +34,7 @@ def teacher():
 
 def recipe(*changes):
     words = ["pairs=24", "steps=2", "batch=8", "train.steps=6", "train.log_every=2", "train.checkpoint_every=3"]
+    words += ["train.precision=fp32"]  # most CPUs emulate bf16
     return load_config(TurboRecipe, None, [*words, *changes])
 
 
