@@ -24,13 +24,13 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize("method", ["draft", "grpo"])
+@pytest.mark.parametrize("method", ["refl", "draft", "grpo"])
 @pytest.mark.parametrize("guard", GUARDS)
 def test_cells(guard, method, tmp_path):
     config = Cell(guard, 1, 2_048, method).config(tmp_path)
     assert config.train.steps // config.evaluate.every == LOOKS
     assert (config.evaluate.stop is not None) == (guard == "stop")
-    assert config.method["kl" if method == "draft" else "beta"] > 0 or guard != "kl"
+    assert config.method["beta" if method == "grpo" else "kl"] > 0 or guard != "kl"
     (reward,) = config.reward.values()
     trained = {"lcb": {"use": "lcb(tiny_pick, k=1)"}, "warm": {"use": "tiny_pick"}}
     assert reward == trained.get(guard, {"use": "tiny_pick", "options": {"sibling": 1}})
@@ -140,4 +140,4 @@ def test_the_command_lists_its_cells(cli, tmp_path):
     assert "Expected a --label" in err
     code, _, err = cli("bench", "hacking-study", "--method", "prdp", *folders)
     assert code == 2
-    assert "draft, grpo" in err
+    assert "refl, draft, grpo" in err

@@ -1,7 +1,7 @@
 """`t2i-align bench hacking-study`: runs that go on past their reward's optimum, with and without guards.
 
 The reward is a sibling of tiny_pick, another one for each seed: one preference model, as one usually has. It is
-differentiable, so that DRaFT-1 moves it fast; gold is the verifier. A cell is a run with one guard:
+differentiable, so that ReFL moves it fast; gold is the verifier. A cell is a run with one guard:
 
     none    the sibling alone
     lcb     the lower confidence bound of the three bootstrapped siblings, mean - k std
@@ -48,25 +48,24 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PROXY, SIBLINGS = "tiny_pick", 3
-IMAGES, LOOKS, POINTS = 1_536, 12, 40
+IMAGES, LOOKS, POINTS = 3_072, 12, 40
 EVALUATION = 3.0  # minutes that judging a cell takes
 PROMPT_SEED, NOISE_SEED = 44_000, 45_000
 PICTURES, GAP = 8, 2  # prompts of a strip of pictures, pixels between contact sheets' cells
 SAMPLER = {"steps": 8, "guidance": 1.0}  # as training draws its images
 
-# What is trained on at what weight of the KL, by method; blocks over those of the training bench.
+# Blocks over those of the training bench, by method.
+METHOD = "refl"  # of cells without a method in their names
+DIFFERENTIABLE: dict[str, Any] = {"prompts": {"per_round": 16}, "train": {"learning_rate": 4e-3, "warmup": 10}}
 BASES: dict[str, dict[str, Any]] = {
-    "draft": {
-        "method": {"keep": 1, "batch_size": 16},
-        "prompts": {"per_round": 16},
-        "train": {"learning_rate": 1e-3},
-    },
+    METHOD: DIFFERENTIABLE | {"method": {"window": 0.5, "loss": "linear", "batch_size": 16}},
+    "draft": DIFFERENTIABLE | {"method": {"keep": 2, "batch_size": 16}},
     "grpo": METHODS["grpo"],
 }
 GUARDS: dict[str, dict[str, dict[str, Any]]] = {
     "none": {},
     "lcb": {"reward": {"use": "lcb(tiny_pick, k=1)"}},
-    "kl": {"draft": {"kl": 0.05}, "grpo": {"beta": 0.01}},
+    "kl": {METHOD: {"kl": 1e-3}, "draft": {"kl": 1e-3}, "grpo": {"beta": 1e-3}},
     "stop": {"evaluate": {"stop": {"watch": GOLD, "patience": 3}}},
     "warm": {"reward": {"use": PROXY}},
 }
@@ -81,14 +80,14 @@ class Cell:
     guard: str
     seed: int
     images: int = IMAGES
-    method: str = "draft"
+    method: str = METHOD
     label: str = ""
     words: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Of its folders."""
-        method = "" if self.method == "draft" else self.method
+        method = "" if self.method == METHOD else self.method
         return ".".join(part for part in (method, self.guard, f"s{self.seed}", self.label) if part)
 
     @property
@@ -130,7 +129,7 @@ class Cell:
         return load_run(blocks, self.words)
 
 
-def cells(images: int = IMAGES, seeds: int = 3, method: str = "draft") -> list[Cell]:
+def cells(images: int = IMAGES, seeds: int = 3, method: str = METHOD) -> list[Cell]:
     """All cells of the study."""
     return [Cell(guard, seed, images, method) for seed in range(seeds) for guard in GUARDS]
 
