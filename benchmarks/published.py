@@ -202,13 +202,15 @@ def _write_clip(scale: str, place: Path) -> int:
 
 def child(names: list[str], scale: str, folder: str, table: str, batch: int, runs: int) -> None:
     """What a process of its own measures; with no runs it writes the weights."""
+    if not runs:
+        for name in names:  # one at a time: drawing takes more memory than scoring
+            make(name, scale, Path(folder))
+        return
     started = time.perf_counter()
     scorers = [make(name, scale, Path(folder)) for name in names]
     for scorer in scorers:
         scorer.eval().requires_grad_(False)
     opened = time.perf_counter() - started
-    if not runs:
-        return
     rows = [Row(Path(image), prompt) for image, prompt in json.loads(Path(table).read_text())]
     towers = {id(scorer.tower): scorer.tower for scorer in scorers if hasattr(scorer, "tower")}
     calls = count_calls(towers.values())
@@ -245,8 +247,7 @@ def compare_together(rows: list[Row], folder: Path, options) -> dict:
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
         return json.loads(said.splitlines()[-1]) if runs else {}
 
-    for name in TOGETHER:
-        process((name,), 0)
+    process(TOGETHER, 0)
     alone = {name: process((name,), options.runs) for name in TOGETHER}
     together = process(TOGETHER, options.runs)
     summed = [sum(found["seconds"][at] for found in alone.values()) for at in (0, 1)]

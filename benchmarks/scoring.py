@@ -8,8 +8,8 @@
 `loop` is what a notebook does: each image by itself, Pillow preprocessing, its text encoded with it, fp32. `job` is
 `score_file` from files on disk to the table on disk. `bare` is the tower's two encoders alone, on one prepared batch
 and the different texts, without a file or a table. The last two are explained in `published.py`. Scores of random
-weights mean nothing; their differences do. Seconds of the clock, and of the processor (all threads), which other programs on
-the machine disturb less.
+weights mean nothing; their differences do. Seconds of the clock, and of the processor (all threads), which other
+programs on the machine disturb less.
 """
 
 import argparse

@@ -24,7 +24,9 @@ from t2i_align.rewards.expression import RewardError
 from t2i_align.rewards.files import WeightFile, find_weights, read_weights
 from t2i_align.rewards.pillow import center_crop, pillow_resize, shortest_side
 
-VOCABULARY = WeightFile("vocab.txt", "google-bert/bert-base-uncased")
+VOCABULARY = WeightFile(
+    "vocab.txt", "google-bert/bert-base-uncased", revision="86b5e0934494bd15c9632b12f734a8a67f723594"
+)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 HEAD_WIDTH = 64
 Head = Callable[[int], nn.Sequential]  # from BERT's width

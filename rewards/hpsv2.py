@@ -22,7 +22,7 @@ from t2i_align.rewards.clip import TowerScorer
 from t2i_align.rewards.files import WeightFile, find_weights
 from t2i_align.rewards.tower import CLIP_MEAN, CLIP_STD, Preprocessing, TowerSpec
 
-PUBLISHED = "xswu/HPSv2"
+PUBLISHED, COMMIT = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
 
 
 class HPSv2(TowerScorer):
@@ -44,7 +44,7 @@ class HPSv2(TowerScorer):
     unit: ClassVar[str] = "cosine"
     license: ClassVar[str] = "Apache-2.0"
     source: ClassVar[str] = PUBLISHED
-    files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("HPS_v2_compressed.pt", PUBLISHED),)
+    files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("HPS_v2_compressed.pt", PUBLISHED, revision=COMMIT),)
     summary: ClassVar[str] = "which picture people prefer for a prompt (HPDv2), version 2.0"
 
     def __init__(self, weights: str = "", antialias: bool = True, model: str = "ViT-H-14", size: int = 224) -> None:
@@ -63,5 +63,5 @@ class HPSv21(HPSv2):
     """Cosine of picture and prompt by HPS v2.1; 0.15 to 0.31 for today's pictures. Arguments are those of `HPSv2`."""
 
     name = "hpsv2.1"
-    files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("HPS_v2.1_compressed.pt", PUBLISHED),)
+    files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("HPS_v2.1_compressed.pt", PUBLISHED, revision=COMMIT),)
     summary: ClassVar[str] = "which picture people prefer for a prompt (HPDv2), version 2.1"

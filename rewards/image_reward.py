@@ -22,8 +22,9 @@ from t2i_align.rewards.blip import VOCABULARY, load_blip
 from t2i_align.rewards.expression import RewardError
 from t2i_align.rewards.files import WeightFile, find_weights
 
-PUBLISHED = WeightFile("ImageReward.pt", "THUDM/ImageReward")
-MED_CONFIG = WeightFile("med_config.json", "THUDM/ImageReward")
+COMMIT = "5736be03b2652728fb87788c9797b0570450ab72"
+PUBLISHED = WeightFile("ImageReward.pt", "THUDM/ImageReward", revision=COMMIT)
+MED_CONFIG = WeightFile("med_config.json", "THUDM/ImageReward", revision=COMMIT)
 MEAN, SD = 0.16717362830052426, 1.0333394966054072  # of raw scores on the authors' validation set
 CONTEXT = 35
 Backend = Literal["own", "package"]

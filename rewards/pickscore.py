@@ -18,7 +18,7 @@ from t2i_align.rewards.clip import TowerScorer
 from t2i_align.rewards.files import WeightFile, find_weights
 from t2i_align.rewards.tower import TowerSpec
 
-PUBLISHED = "yuvalkirstain/PickScore_v1"
+PUBLISHED, COMMIT = "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
 
 
 class PickScore(TowerScorer):
@@ -38,8 +38,8 @@ class PickScore(TowerScorer):
     license: ClassVar[str] = "MIT code; the weights state none"
     source: ClassVar[str] = PUBLISHED
     files: ClassVar[tuple[WeightFile, ...]] = (
-        WeightFile("model.safetensors", PUBLISHED),
-        WeightFile("config.json", PUBLISHED),
+        WeightFile("model.safetensors", PUBLISHED, revision=COMMIT),
+        WeightFile("config.json", PUBLISHED, revision=COMMIT),
     )
     summary: ClassVar[str] = "which picture people choose for a prompt (Pick-a-Pic)"
 

@@ -107,7 +107,10 @@ def test_nothing_is_loaded_before_all_files_are_found(made, tmp_path, monkeypatc
     scorer, _, file = made
     monkeypatch.setenv("T2I_ALIGN_CACHE", str(tmp_path / "cache"))
     (tmp_path / file).write_bytes(b"no weights at all")
-    with pytest.raises(RewardError, match=r"download them with `hf download google-bert/bert-base-uncased vocab.txt`"):
+    with pytest.raises(
+        RewardError,
+        match=r"download them with `hf download google-bert/bert-base-uncased vocab.txt --revision 86b5e093",
+    ):
         type(scorer)(str(tmp_path))
     with pytest.raises(RewardError, match="no such file"):
         type(scorer)(str(tmp_path / "nowhere.pt"))

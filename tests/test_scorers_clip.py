@@ -26,7 +26,7 @@ from t2i_align.rewards.checkpoints import clip_tokenizer
 from t2i_align.rewards.clip import CLIP
 from t2i_align.rewards.clip_iqa import PAIRS, ClipIQA
 from t2i_align.rewards.files import WeightFile, find_weights, missing_files, read_weights, sha256
-from t2i_align.rewards.hpsv2 import HPSv2, HPSv21
+from t2i_align.rewards.hpsv2 import COMMIT, HPSv2, HPSv21
 from t2i_align.rewards.mps import MPS
 from t2i_align.rewards.pickscore import PickScore
 from t2i_align.rewards.subject import Subject
@@ -118,7 +118,9 @@ def test_pickscore_is_the_published_recipe(photos, tmp_path):
 
 
 def test_pickscore_says_how_to_get_its_two_files(tmp_path):
-    with pytest.raises(RewardError, match=r"`hf download yuvalkirstain/PickScore_v1 model.safetensors config.json`"):
+    with pytest.raises(
+        RewardError, match=r"`hf download yuvalkirstain/PickScore_v1 model.safetensors config.json --revision"
+    ):
         PickScore()
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(RewardError, match="config.json, but there is no such file"):
@@ -161,7 +163,7 @@ def test_hpsv2_reads_the_checkpoint_of_its_version(tmp_path):
     tiny.hpsv2(tmp_path)
     with pytest.raises(RewardError, match=r"HPS_v2.1_compressed.pt, but there is no such file"):
         HPSv21(str(tmp_path), model="tiny-hps", size=tiny.SIDE)
-    with pytest.raises(RewardError, match=r"`hf download xswu/HPSv2 HPS_v2_compressed.pt`"):
+    with pytest.raises(RewardError, match=r"`hf download xswu/HPSv2 HPS_v2_compressed.pt --revision"):
         HPSv2()
     state = torch.load(tmp_path / "HPS_v2_compressed.pt", weights_only=True)
     state["state_dict"]["score_predictor.weight"] = torch.zeros(1)
@@ -559,5 +561,21 @@ def test_rewards_show_names_files_and_hashes(cli, tmp_path, monkeypatch):
     assert "download hf download openai/clip-vit-large-patch14" in out
     files = json.loads(cli("rewards", "show", "hpsv2.1", "--json")[1])["files"]
     assert files == [
-        {"file": "xswu/HPSv2/HPS_v2.1_compressed.pt", "download": "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"}
+        {
+            "file": "xswu/HPSv2/HPS_v2.1_compressed.pt",
+            "download": f"hf download xswu/HPSv2 HPS_v2.1_compressed.pt --revision {COMMIT}",
+        }
     ]
+
+
+def test_a_pinned_commit_is_found_whatever_the_cache_calls_main(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    file = HPSv2.files[0]
+    store = tmp_path / "models--xswu--HPSv2"
+    for commit in ("a" * 40, COMMIT):
+        assert file.missing()
+        (store / "snapshots" / commit).mkdir(parents=True)
+        (store / "snapshots" / commit / file.file).write_bytes(commit.encode())
+    (store / "refs").mkdir()
+    (store / "refs" / "main").write_text("a" * 40)
+    assert file.facts()["commit"] == COMMIT

@@ -5,7 +5,7 @@
 
 Needs Python 3.11 ($PYTHON311, or python3.11), 6 GB of disk and ten minutes for the environment, and 9 GB of memory for
 a scorer at full size; `ours.py` then compares. On the same processor fixtures come out the same to the last bit.
-Nothing of it is imported by the package or its tests, which read the fixtures; weights are drawn from a seed on both sides.
+Nothing of it is imported by the package or its tests, which read the fixtures; weights come from a seed on both sides.
 """
 
 from __future__ import annotations
