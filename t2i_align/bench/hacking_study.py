@@ -1,7 +1,7 @@
 """`t2i-align bench hacking-study`: runs that go on past their reward's optimum, with and without guards.
 
 The reward is a sibling of tiny_pick, another one for each seed: one preference model, as one usually has. It is
-differentiable, so that ReFL moves it fast; gold is the verifier. A cell is a run with one guard:
+differentiable, and ReFL follows its gradient; gold is the verifier. A cell is a run with one guard:
 
     none    the sibling alone
     lcb     the lower confidence bound of the three bootstrapped siblings, mean - k std
