@@ -13,7 +13,7 @@ from PIL import Image
 
 from t2i_align.errors import T2IError
 from t2i_align.rewards import Scorer, load_reward
-from t2i_align.scoring import Row, check_output, read_rows, score_columns, score_file, score_rows
+from t2i_align.scoring import Row, check_output, read_rows, score_columns, score_file, score_rows, write_table
 
 
 class Brightness(Scorer):
@@ -116,11 +116,11 @@ def test_a_sidecar_that_is_not_utf8_fails_its_row_alone(tmp_path):
     assert table[1]["error"] is None
 
 
-@pytest.mark.parametrize("name", ["results.jsonl", "prompts.jsonl"])
+@pytest.mark.parametrize("name", ["results.jsonl", "results.parquet", "prompts.jsonl"])
 def test_a_folder_of_ours_is_read_by_its_listing(tmp_path, name):
     picture(tmp_path / "images" / "1.png", 10)
     picture(tmp_path / "grid.png", 10)
-    (tmp_path / name).write_text('{"image": "images/1.png", "prompt": "p"}\n')
+    write_table([{"image": "images/1.png", "prompt": "p"}], tmp_path / name)
     assert read_rows(tmp_path) == [Row(tmp_path / "images" / "1.png", "p")]
 
 
@@ -499,7 +499,6 @@ def test_an_interrupted_job_leaves_no_threads(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_columns_of_several_types_are_written_as_before(tmp_path, suffix):
-    from t2i_align.scoring import write_table
 
     rows = [{"n": n, "mixed": n, "late": None, "list": [n]} for n in range(5000)]
     rows[4500] |= {"mixed": "x", "late": 2.5, "new": True}

@@ -79,7 +79,8 @@ def run(settings: Judging, out: Path, device: Any = None, overwrite: bool = Fals
             if s.needs_prompt
         }
     verdicts = judge(
-        scorers, sets, limit=settings.limit, seed=settings.seed, given=given, base=settings.base, best=settings.best_of
-    )
+        scorers, sets, limit=settings.limit, seed=settings.seed, given=given, base=settings.base,
+        optimised=settings.optimised, best=settings.best_of,
+    )  # fmt: skip
     write_results(out, verdicts, contrasts, notes)
     return table(verdicts.rows)

@@ -60,6 +60,7 @@ def judge(
     seed: int = 0,
     given: Paraphrases | None = None,
     base: str = "",
+    optimised: Sequence[str] = (),
     best: int = 0,
 ) -> Verdicts:
     """Judge scorers on preference sets.
@@ -71,6 +72,7 @@ def judge(
         seed: of the intervals.
         given: paraphrases of prompts, besides those by rule.
         base: the set of samples that `gains` start from.
+        optimised: the sets of samples that they lead to.
         best: n of the best-of-n by each scorer among these samples; 0 for none.
     """
     rows, distances = [], {}
@@ -89,8 +91,9 @@ def judge(
             for scorer, values in zip(scorers, scores.T, strict=True):
                 kept = best_of(values, images.places, best)
                 samples[f"best of {best} by {scorer.name}"] = images.prompts[kept], scores[kept]
+                optimised = (*optimised, f"best of {best} by {scorer.name}")
     distances = {name: starc(scores, prompts) for name, (prompts, scores) in samples.items()}
-    gains = {name: _gains(samples[base], found) for name, found in samples.items() if base and name != base}
+    gains = {name: _gains(samples[base], samples[name]) for name in optimised} if base else {}
     return Verdicts(rows, distances, gains)
 
 

@@ -18,7 +18,8 @@ from t2i_align.errors import T2IError
 from t2i_align.prompts import PROMPT_COLUMNS, TABLES, read_text
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "file")
-LISTINGS = ("results.jsonl", "prompts.jsonl")  # what `generate` and `playground sample` write into their folders
+# What `generate`, steered `generate` and `playground sample` write into their folders.
+LISTINGS = ("results.jsonl", "results.parquet", "prompts.jsonl")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def open_rows(
     if kind == "listing":
         name = next((name for name in LISTINGS if (path / name).is_file()), None)
         if name is None:
-            raise T2IError(f"Expected {source} to hold {' or '.join(LISTINGS)} but it has neither.")
+            raise T2IError(f"Expected {source} to hold {' or '.join(LISTINGS)} but it has none.")
         return _table(path / name, prompt)
     if prompts is not None and kind != "hpsv2":
         raise T2IError(f"Expected prompts of their own for the layout hpsv2 alone but {source} is read as {kind!r}.")
