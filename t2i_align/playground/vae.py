@@ -82,8 +82,8 @@ def standardise(vae: AutoencoderKL, pool: ScenePool, scenes: int = 4096) -> None
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pool: ScenePool, scenes: int) -> Tensor:
-    """Latent means of the first `scenes` scenes of the pool: (scenes, 8, 8, 8), fp32."""
-    means = []
+    """Latent means of the first `scenes` scenes of the pool, or of all: (scenes, 8, 8, 8), fp32."""
+    means, scenes = [], min(scenes, len(pool))
     for first in range(0, scenes, 64):
         with torch.autocast("cpu", torch.bfloat16):
             means.append(vae.encode(pool.images(slice(first, min(first + 64, scenes)))).latent_dist.mean.float())
