@@ -171,7 +171,7 @@ def test_playground_sample_writes_scenes_that_score_one(cli, tmp_path):
 def test_playground_trains_resumes_and_measures(cli, tmp_path):
     tiny = ("scenes=64", "batch=4", "train.steps=2", "train.log_every=1", "train.precision=fp32")
     vae, sd = tmp_path / "vae", tmp_path / "sd"
-    assert cli("playground", "train", "vae", "--out", vae, *tiny)[0] == 0
+    assert cli("playground", "train", "vae", "--out", vae, "--measure", 4, *tiny)[0] == 0
     command = ("playground", "train", "sd", "--out", sd, "--vae", vae / "vae", "--measure", 2, *tiny)
     assert cli(*command)[0] == 0
     card = json.loads((sd / "tiny-sd" / "card.json").read_text())

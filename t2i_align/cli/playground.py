@@ -31,7 +31,7 @@ class Part(str, Enum):
     turbo = "turbo"
 
 
-MEASURED = {Part.sd: 500, Part.clip: 120, Part.pick: 120, Part.turbo: 500}  # prompts
+MEASURED = {Part.vae: 400, Part.sd: 500, Part.clip: 120, Part.pick: 120, Part.turbo: 500}  # scenes, prompts
 
 
 @playground.command()
@@ -78,8 +78,8 @@ def train(
         int | None,
         Option(
             min=0,
-            help="Prompts to measure the result on (sd, turbo: per split; clip, pick: held-out ones); 0 for none. "
-            "[default: 500; clip, pick: 120]",
+            help="Prompts to measure the result on (sd, turbo: per split; clip, pick: held-out ones; vae: scenes); 0 for "
+            "none. [default: 500; clip, pick: 120; vae: 400]",
         ),
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
@@ -91,9 +91,9 @@ def train(
     from t2i_align.rewards.tiny import CLIP_FOLDER
 
     job = training.Job(out, config, overrides or [], minutes, resume, overwrite)
-    prompts = MEASURED.get(part, 0) if measure is None else measure
+    prompts = MEASURED[part] if measure is None else measure
     if part is Part.vae:
-        training.run_vae(job)
+        training.run_vae(job, prompts)
     elif part is Part.sd:
         training.run_sd(job, vae or find_pipeline("tiny-sd") / "vae", prompts)
     elif part is Part.clip:

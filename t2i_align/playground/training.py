@@ -62,16 +62,17 @@ class Job(NamedTuple):
         return {"minutes": self.minutes, "resume": self.resume}
 
 
-def run_vae(job: Job) -> None:
-    """Train the autoencoder into `out/vae`, with `out/vae/card.json`."""
+def run_vae(job: Job, measure: int) -> None:
+    """Train the autoencoder into `out/vae`, with `out/vae/card.json`, and measure it on so many scenes."""
     recipe = job.recipe(VAERecipe)
     folder = job.open(recipe)
     state = train_vae(recipe, folder, **job.options())
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)  # as saved: averaged and standardised
-    _write_card(folder / "vae", folder, recipe, state, metrics={"verifier_after_round_trip": measure_round_trip(vae)})
+    metrics = {"verifier_after_round_trip": measure_round_trip(vae, measure)} if measure else {}
+    _write_card(folder / "vae", folder, recipe, state, metrics=metrics)
 
 
-def measure_round_trip(vae: AutoencoderKL, scenes: int = 400) -> dict[str, dict[str, float | None]]:
+def measure_round_trip(vae: AutoencoderKL, scenes: int) -> dict[str, dict[str, float | None]]:
     """The verifier's table on scenes that were encoded and decoded."""
     return measure_verifier(scenes, change=round_trip(vae.eval()))
 

@@ -28,7 +28,7 @@ tags:
 
 ## On held-out data
 
-{whence}: {held_out}. 95 % intervals are over {unit}. The numbers are of the saved scorer, opened by `load_reward`.
+{whence}: {held_out}. 95 % intervals are over {unit}.{across} The numbers are of the saved scorer, opened by `load_reward`.
 
 {table}
 {gain}{left_out}
@@ -92,6 +92,7 @@ def write_card(
         held_out=parts.held_out.summary(),
         whence="Prompts that no update saw" if given is None else f"From {given.path or given.use}",
         unit="rankings" if c.comparing else "prompts",
+        across="" if c.comparing else " All images of a prompt are paired, since scores are on one scale.",
         table=table({name: row for name, (row, _) in measured.items()}),
         gain=f"\nThe gain in pairs in order is {100 * mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}].\n"
         if mean == mean
