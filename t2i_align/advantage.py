@@ -57,6 +57,37 @@ def gdpo_advantage(parts: dict[str, Tensor], weights: dict[str, float], group: i
     return scaled if clip is None else scaled.clamp(-clip, clip)
 
 
+def gains_by_step(advantage: Tensor, previews: Tensor, group: int, decay: float) -> Tensor:
+    """Advantages (B, N) of the first N steps of a chain, from that of its image (B,) and previews on the way.
+
+    Stepwise-Flow-GRPO (arXiv 2603.28718): a step counts what it adds to the reward that the x0 estimate promises. With
+    V_k for what is expected before step k, and V_N = advantage,
+
+        A_k = sum over j >= k of decay^(j - k) (V_(j+1) - V_j)          (GAE, arXiv 1506.02438, without discount)
+
+    so that 0 counts a step's own gain and 1 all that comes after it, which has the expectation of the image's advantage
+    and less variance. Steps after the last preview count as one. Departure: V_k = b_k (preview - its group mean) with
+    b_k by least squares over the round, since the first previews, of blurred images, say little, the last nearly all.
+
+    Args:
+        advantage: of finished images, 0 on average in a group.
+        previews: (B, N) rewards of the x0 estimates that steps began with; one that is no number promises nothing.
+        group: images per prompt; 1 compares all.
+        decay: lambda, from 0 to 1.
+    """
+    count = len(advantage)
+    rows = previews.double().reshape(-1, group if group > 1 else count, previews.shape[1])
+    seen = (rows - rows.nanmean(1, keepdim=True)).nan_to_num(nan=0.0).reshape(count, -1)
+    final = advantage.double()
+    slope = (seen * final[:, None]).sum(0) / seen.square().sum(0).clamp(min=1e-12)
+    values = torch.cat([slope.clamp(min=0) * seen, final[:, None]], 1)
+    gains, total, out = values.diff(dim=1), torch.zeros_like(final), []
+    for step in reversed(range(gains.shape[1])):
+        total = gains[:, step] + decay * total
+        out.append(total)
+    return torch.stack(out[::-1], 1).float()
+
+
 class PromptTracker:
     """Reward statistics per prompt over a run (DDPO): the last `size` rewards of each; part of a run's checkpoints."""
 

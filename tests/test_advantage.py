@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from t2i_align.advantage import PromptTracker, gdpo_advantage, group_advantage, unequal_pairs
+from t2i_align.advantage import PromptTracker, gains_by_step, gdpo_advantage, group_advantage, unequal_pairs
 
 NAN = math.nan
 
@@ -46,6 +46,29 @@ def test_gdpo_gives_every_reward_the_same_say():
     advantage = gdpo_advantage({"big": big, "small": small}, {"big": 1.0, "small": 1.0}, 4)
     assert advantage[1] == pytest.approx(float(advantage[2]), abs=1e-2)
     assert advantage[3] > 0 > advantage[0]
+
+
+def test_gains_of_steps_by_hand():
+    advantage = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    # Before step 0 nothing is known; before step 1 half of the advantage, in another unit and around another mean.
+    previews = torch.tensor([[5.0, 3.0], [5.0, 1.0], [7.0, 9.0], [7.0, 5.0]])
+    for decay in (0.0, 0.5, 1.0):  # V = 0, advantage, advantage: all is gained by step 0
+        made = gains_by_step(advantage, previews, 2, decay)
+        assert torch.allclose(made, advantage[:, None] * torch.tensor([1.0, 0.0]))
+
+
+def test_gains_of_steps_add_up_to_the_advantage():
+    draws = torch.Generator().manual_seed(0)
+    advantage = group_advantage(torch.randn(12, generator=draws), 4)
+    previews = torch.randn(12, 3, generator=draws)
+    previews[3, 1] = NAN
+    own, all_after = (gains_by_step(advantage, previews, 4, decay) for decay in (0.0, 1.0))
+    torch.testing.assert_close(own.flip(1).cumsum(1).flip(1), all_after)
+    flat = torch.ones(12, 3)
+    torch.testing.assert_close(gains_by_step(advantage, flat, 4, 1.0), advantage[:, None].expand(-1, 3))
+    assert all_after.var() < advantage.var()  # what was known before a step is no credit of its own
+    misleading = gains_by_step(advantage, -advantage[:, None].expand(-1, 3), 4, 1.0)
+    torch.testing.assert_close(misleading, advantage[:, None].expand(-1, 3))
 
 
 def test_a_prompts_own_statistics_are_used_once_there_are_enough():

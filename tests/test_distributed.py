@@ -32,7 +32,7 @@ METHODS = {
     "d3po": {"use": "d3po", "group": 4, "pairs": "all", "clip": None, "batch_size": 8},
     "prdp": {"use": "prdp", "beta": 1.0, "eps": 0.2},
     "vard": {"use": "vard", "warmup": 2, "eta": 0.1, "minibatches": 2, "value": {"net": "conv", "width": 8}},
-    "doubt": {"use": "grpo", "discount": 1.0, "clip": 0.2},
+    "doubt": {"use": "grpo", "discount": 1.0, "gae": 0.5, "clip": 0.2},
     "refl": {"use": "refl", "scale": 1.0, "goal": 9.0, "minibatches": 2},
     "draft": {"use": "draft", "lv": 2, "batch_size": 2},
     "alignprop": {"use": "alignprop", "kernel": "ddim(1.0)"},

@@ -99,6 +99,21 @@ def test_prdp_by_hand():
     assert float(exact.loss) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("flow", [False, True])
+def test_credit_by_step_has_the_same_gradient_with_less_noise(flow):
+    """On the toy an x0 estimate says all that can be known of the reward before a step."""
+    found = {}
+    for decay in (None, 0.0, 1.0):
+        method = make("grpo", flow=flow, gae=decay, spread="none", clip=10.0, group=16)
+        found[decay] = torch.stack([gradient(method, ctx=context(step))[0].flatten() for step in range(20)])
+    for decay in (0.0, 1.0):
+        means, errors = zip(*((g.mean(0), g.std(0) / 20**0.5) for g in (found[None], found[decay])), strict=True)
+        assert ((means[0] - means[1]).abs() < 3 * (errors[0].square() + errors[1].square()).sqrt()).all()
+        assert means[1].abs().max() > 5 * errors[1].max()
+    noise = {decay: g.var(0).sum() for decay, g in found.items()}
+    assert noise[0.0] < noise[1.0] < 0.2 * noise[None]
+
+
 def test_the_slope_of_prdp_is_its_derivative():
     g = torch.Generator().manual_seed(0)
     now, old = (0.2 * torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))

@@ -92,8 +92,9 @@ def test_tokens_say_which_reward_a_prompt_serves(name):
     kept = survivors(torch.stack([parts["red"], -parts["blue"]], 1), 4).bool()
     assert 0 < kept.sum() < 8
     assert not advantages[~kept].any()
+    assert (advantages == advantages[:, :1]).all()  # of all steps alike
     for group in (slice(0, 4), slice(4, 8)):  # the best by its own reward always survives
-        assert advantages[group].argmax() == served[group].argmax()
+        assert advantages[group, 0].argmax() == served[group].argmax()
         assert advantages[group].max() > 0
     terms = list(method.losses(context(), (data, advantages)))
     assert all((term.stats["ratio"] == 1).all() for term in terms)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from t2i_align.arms import arms
-from t2i_align.bench.recipes import COMMON, GOLD, METHODS, laid_over
+from t2i_align.bench.recipes import COMMON, GOLD, METHODS, laid_over, precision
 from t2i_align.bench.steering import bench_prompts
 from t2i_align.bench.training import BATCH, COUNTS, PIPELINE, numbers, short
 from t2i_align.config import load_config
@@ -105,7 +105,7 @@ class Cell:
         known = read_method({"use": self.method})[1].__class__.model_fields
         common = COMMON | {"method": {name: value for name, value in COMMON["method"].items() if name in known}}
         guard = GUARDS[self.guard]
-        blocks = laid_over(common, BASES[self.method])
+        blocks = laid_over(laid_over(common, precision()), BASES[self.method])
         blocks["method"] = {"use": self.method} | blocks["method"] | guard.get(self.method, {})
         blocks["train"] |= {"steps": 1, "seed": self.seed}
         blocks["evaluate"] = {

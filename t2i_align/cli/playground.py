@@ -78,8 +78,8 @@ def train(
         int | None,
         Option(
             min=0,
-            help="Prompts to measure the result on (sd, turbo: per split; clip, pick: held-out ones; vae: scenes); 0 for "
-            "none. [default: 500; clip, pick: 120; vae: 400]",
+            help="Prompts to measure on (sd, turbo: per split; clip, pick: held-out ones), for vae scenes; 0 for none. "
+            "[default: 500; clip, pick: 120; vae: 400]",
         ),
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,

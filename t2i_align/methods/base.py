@@ -15,7 +15,7 @@ from torch import Tensor
 from t2i_align.config import Settings
 from t2i_align.keys import key
 from t2i_align.pipelines.cond import Cond
-from t2i_align.pipelines.driver import Driver, noise_of
+from t2i_align.pipelines.driver import Driver, OnStep, noise_of
 from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, load_kernel
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
@@ -73,6 +73,7 @@ class Rollout:
     first: int = 0  # place of this process's images among all
     discount: float = 0.0  # of uncertain rewards, see `trust`
     serves: Tensor | None = None  # (B,) of all images, which of several rewards is the total; None: their sum
+    previews: Tensor | None = None  # (B, M) of all images, rewards of the x0 estimates of the first M rows
 
     def __len__(self) -> int:
         return len(self.traj.x)
@@ -218,16 +219,22 @@ class OnPolicy(Method):
         cond = driver.encode(prompts[mine] if told is None else told).repeat(s.group)
         first = mine.start * s.group
         ids = list(range(first, first + len(cond)))
-        seed = key(ctx.seed, "rollout", ctx.step)
-        traj = self.draw(ctx, cond, seed, ids)
-        images = driver.decode(traj.x[:, -1], s.batch_size)
-        scores = gather(ctx, self.tools.reward.scores(images, prompts[mine].repeat(s.group)))
+        seed, many = key(ctx.seed, "rollout", ctx.step), prompts[mine].repeat(s.group)
+        previews: list[Tensor] = []
+
+        def look(row: int, made: Step, x: Tensor) -> None:
+            if row < self.previewed:
+                previews.append(self.tools.reward.scores(driver.decode(made.x0, s.batch_size), many).total)
+
+        traj = self.draw(ctx, cond, seed, ids, look)
+        scores = gather(ctx, self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), many))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
         self.check_std(scores)
         if isinstance(self.tools.reward, Limited):
             self.tools.reward.update(scores)
-        return Rollout(traj, scores, s.group, seed, first, s.discount)
+        promised = ctx.world.gather(torch.stack(previews, 1)) if previews else None
+        return Rollout(traj, scores, s.group, seed, first, s.discount, previews=promised)
 
     def check_std(self, scores: Scores) -> None:
         """Raises TrainingError where `discount` asks for a std that the reward does not have."""
@@ -238,12 +245,18 @@ class OnPolicy(Method):
                 "(mean, std), or consistent(...)."
             )
 
-    def draw(self, ctx: Ctx, cond: Cond, seed: int, ids: list[int]) -> Trajectory:
+    @property
+    def previewed(self) -> int:
+        """How many of the first rows' x0 estimates are decoded and scored, too."""
+        return 0
+
+    def draw(self, ctx: Ctx, cond: Cond, seed: int, ids: list[int], on_step: OnStep | None = None) -> Trajectory:
         """The chains of a round, their noise keyed by `ids`."""
         s, driver, call = self.settings, self.tools.driver, self.tools.call
         starts = [i - i % s.group for i in ids] if s.shared_start else ids
         x = driver.start(cond, s.steps, seed, starts, **call)
-        return driver.rollout(cond, s.steps, self.kernels(ctx), seed, batch_size=s.batch_size, ids=ids, start=x, **call)
+        options: dict[str, Any] = {"batch_size": s.batch_size, "ids": ids, "start": x, "on_step": on_step}
+        return driver.rollout(cond, s.steps, self.kernels(ctx), seed, **options, **call)
 
     def rows(self, traj: Trajectory) -> list[int]:
         """The rows that are trained: those with noise among the noisiest share."""

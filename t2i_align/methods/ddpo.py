@@ -53,7 +53,7 @@ class DDPO(PolicyGradient):
         self.tracker.load_state_dict(state["tracker"])
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
-        """Images of the round and their advantages (B,)."""
+        """Images of the round and the advantages (B, N) of their steps."""
         data = self.images(ctx, prompts)
         texts = list(self.labelled(ctx, prompts).repeat(data.group).text)
         total = data.scores.total.cpu()
@@ -61,7 +61,7 @@ class DDPO(PolicyGradient):
         for rows in data.alike():
             some = [texts[row] for row in rows.tolist()]
             advantage[rows] = self.tracker.advantage(some, total[rows], clip=self.settings.advantage_clip)
-        return data, data.mine(self.selected(data, advantage) * data.trust.to(advantage))
+        return data, data.mine(self.by_step(data, advantage))
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per trained step and batch of samples."""
@@ -72,6 +72,6 @@ class DDPO(PolicyGradient):
             for part in chunks:
                 q = self.step(traj, part, row)
                 ratio = per_dim(q.log_prob(traj.x[part, row + 1]) - traj.log_prob[part, row], q).exp()
-                loss = surrogate(ratio, advantages[part].to(ratio), s.clip)
+                loss = surrogate(ratio, advantages[part, row].to(ratio), s.clip)
                 yield Term(loss.sum() * share, {"ratio": ratio, "clipped": outside(ratio, s.clip)})
         yield from self.expansion_terms(ctx, data)

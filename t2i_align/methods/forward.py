@@ -18,7 +18,7 @@ from torch import Tensor
 from t2i_align.methods.base import OnPolicy, SamplingSettings, Tools
 from t2i_align.pipelines.catalog import guidance_keyword
 from t2i_align.pipelines.cond import Cond
-from t2i_align.pipelines.driver import At, Driver
+from t2i_align.pipelines.driver import At, Driver, OnStep
 from t2i_align.pipelines.grid import Level, Point
 from t2i_align.pipelines.kernels import load_kernel, x0_eps_to_output
 from t2i_align.policy import Policy
@@ -114,7 +114,7 @@ class ForwardProcess(OnPolicy):
         """Keywords of the pipeline for images of the round."""
         return self.tools.call
 
-    def draw(self, ctx: Ctx, cond: Cond, seed: int, ids: list[int]) -> Trajectory:
+    def draw(self, ctx: Ctx, cond: Cond, seed: int, ids: list[int], on_step: OnStep | None = None) -> Trajectory:
         """The last latents of a round's images alone, by any solver: chains of no steps."""
         s, driver = self.settings, self.tools.driver
         if s.solver == NATIVE:

@@ -62,12 +62,12 @@ class GRPO(PolicyGradient):
         return [self.kernel if first <= row < first + width else ode() for row in range(rows)]
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
-        """Images of the round and their advantages (B,)."""
+        """Images of the round and the advantages (B, N) of their steps."""
         data = self.images(ctx, prompts)
-        return data, data.mine(self.advantage(data))
+        return data, data.mine(self.by_step(data, self.advantage(data)))
 
     def advantage(self, data: Rollout) -> Tensor:
-        """Advantages (B,) of a round, of all processes' images."""
+        """Advantages (B,) of all processes' images of a round."""
         s, scores = self.settings, data.scores
         if s.combine == "gdpo":
             advantage = gdpo_advantage(scores.parts, reward_weights(self.tools.reward), data.group, s.advantage_clip)
@@ -77,7 +77,7 @@ class GRPO(PolicyGradient):
                 rows = rows.to(advantage.device)
                 some = group_advantage(scores.total[rows], data.group, s.spread, s.ddof, clip=s.advantage_clip)
                 advantage[rows] = some
-        return self.selected(data, advantage) * data.trust.to(advantage)
+        return advantage
 
     def losses(self, ctx: Ctx, batch: tuple[Rollout, Tensor]) -> Iterator[Term]:
         """One term per trained step and batch of samples."""
@@ -87,7 +87,7 @@ class GRPO(PolicyGradient):
         for row in rows:
             for part in chunks:
                 q = self.step(traj, part, row)
-                advantage = advantages[part].to(q.mean.device)
+                advantage = advantages[part, row].to(q.mean.device)
                 gap = per_dim(q.log_prob(traj.x[part, row + 1]) - traj.log_prob[part, row], q)
                 ratio = (self.guarded(data, part, row, q, gap) if s.guard else gap).exp()
                 loss, stats = surrogate(ratio, advantage, s.clip), {"ratio": ratio, "clipped": outside(ratio, s.clip)}

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from t2i_align.advantage import gains_by_step
 from t2i_align.errors import T2IError
 from t2i_align.methods.base import OnPolicy, Rollout, SamplingSettings, Tools, reward_weights
 from t2i_align.methods.expansion import Expander, ExpandSettings, expansion_advantage
@@ -44,12 +45,21 @@ class PolicyGradientSettings(SamplingSettings):
     tokens: str | None = Field(
         None, description="text before the prompts of images that serve reward {k}: '<reward {k}>'; with select: pareto"
     )
+    gae: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="steps count by the gain in reward of their x0 estimate, with this lambda: 0 by their own, 1 by "
+        "all from them on; null: by the image's reward",
+    )
     expand: ExpandSettings | None = Field(None, description="a language model that expands prompts, trained too")
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> PolicyGradientSettings:
         if self.tokens is None:
             return self
+        if self.gae is not None:
+            raise T2IError("Expected no gae with tokens, with which images of a round serve different rewards.")
         if self.select != "pareto":
             raise T2IError("Expected select: pareto with tokens, which say what an image is selected for.")
         if "{k}" not in self.tokens:
@@ -137,12 +147,22 @@ class PolicyGradient(OnPolicy):
         own = values.gather(1, served[:, None].to(values.device))[:, 0]
         return replace(data, scores=data.scores._replace(total=own.where(own.isfinite(), torch.nan)), serves=served)
 
-    def selected(self, data: Rollout, advantage: Tensor) -> Tensor:
-        """Advantages (B,) with those of images that do not count set to zero."""
-        if self.settings.select == "all":
-            return advantage
-        values = signed_parts(self.tools.reward, data.scores)
-        return advantage * survivors(values, data.group).to(advantage.device)
+    @property
+    def previewed(self) -> int:
+        if self.settings.gae is None:
+            return 0
+        return self.trained(self.tools.driver.grid(self.settings.steps, **self.tools.call).steps) + 1
+
+    def by_step(self, data: Rollout, advantage: Tensor) -> Tensor:
+        """Advantages (B, N) of steps, the trained ones at least, from those (B,) of images, zero where one does not count."""
+        if self.settings.gae is None or data.previews is None:
+            steps = advantage[:, None].expand(-1, data.traj.steps)
+        else:
+            steps = gains_by_step(advantage, data.previews.to(advantage.device), data.group, self.settings.gae)
+        factors = data.trust * data.scores.total.isfinite()
+        if self.settings.select == "pareto":
+            factors = factors * survivors(signed_parts(self.tools.reward, data.scores), data.group).to(factors)
+        return steps * factors.to(steps)[:, None]
 
     def expansion_terms(self, ctx: Ctx, data: Rollout) -> Iterator[Term]:
         """The expander's share of an update, at the first one on a round's images: later ones are off its policy."""

@@ -28,7 +28,8 @@ tags:
 
 ## On held-out data
 
-{whence}: {held_out}. 95 % intervals are over {unit}.{across} The numbers are of the saved scorer, opened by `load_reward`.
+{whence}: {held_out}. 95 % intervals are over {unit}.{across} The numbers are of the
+saved scorer, opened by `load_reward`.
 
 {table}
 {gain}{left_out}
