@@ -154,7 +154,7 @@ class PolicyGradient(OnPolicy):
         return self.trained(self.tools.driver.grid(self.settings.steps, **self.tools.call).steps) + 1
 
     def by_step(self, data: Rollout, advantage: Tensor) -> Tensor:
-        """Advantages (B, N) of steps, the trained ones at least, from those (B,) of images, zero where one does not count."""
+        """Advantages (B, N) of steps, the trained ones at least, from those (B,) of images; zero for some."""
         if self.settings.gae is None or data.previews is None:
             steps = advantage[:, None].expand(-1, data.traj.steps)
         else:
