@@ -293,7 +293,8 @@ class Bench:
             "kl": looks[-1]["kl"],
             "curve": [[images(row["step"]), short(row["reward"])] for row in curve if "reward" in row],
             "looks": [
-                {"images": images(row["step"])} | {new: short(row[old]) for new, old in shown.items()} for row in looks
+                {"images": images(row["step"])} | {new: short(row[old]) for new, old in shown.items() if old in row}
+                for row in looks
             ],
             "config": {name: getattr(config, name).model_dump(mode="json") for name in kept if name != "method"}
             | {"method": config.method},
