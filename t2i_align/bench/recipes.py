@@ -65,7 +65,22 @@ BY_REWARD: dict[str, dict[str, Any]] = {
     "clip": {"evaluate": {"steps": 8, "guidance": 1.0}},  # as training draws its images: many cheap looks
 }
 
-BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {}
+# For gold many weights at a low rate: noise of the gradient moves them all, and its harm grows with the rate's square.
+# Values and outputs of attention are where gradients of two batches agree (docs/experiments.md).
+PLACES = ["attn2.to_v", "attn2.to_k", "attn2.to_out.0", "attn1.to_v", "attn1.to_out.0"]
+SLOW: dict[str, Any] = {
+    "policy": {"rank": 64, "targets": PLACES},
+    "train": {"learning_rate": 3e-4, "ema": 0.98},
+}
+BY_STEP: dict[str, dict[str, Any]] = {  # what else policy gradients have
+    "ddpo": {"method": {"gae": 0.5}},
+    "grpo": {"method": {"gae": 0.5, "spread": "global"}},
+}
+BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
+    (method, reward): SLOW | BY_STEP.get(method, {})
+    for method in ("ddpo", "grpo", "d3po", "prdp", "nft", "vard")
+    for reward in ("gold", "pick", "gold-jpeg")
+}
 
 
 def recipe(method: str, reward: str) -> dict[str, Any]:
