@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # for `benchmarks.parity` where this is run as a 
 
 from benchmarks.parity import inputs  # noqa: E402
 from benchmarks.parity.ours import MAKE  # noqa: E402
+from t2i_align.devices import has_bf16  # noqa: E402
 from t2i_align.rewards import Scorer  # noqa: E402
 from t2i_align.rewards.blip import MEAN, STD  # noqa: E402
 from t2i_align.rewards.image_reward import CONTEXT  # noqa: E402
@@ -45,8 +46,7 @@ def machine() -> dict[str, object]:
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
+    bf16 = has_bf16(torch.device("cpu"))
     return {"cpu": name, "threads": torch.get_num_threads(), "bf16": bf16, "torch": torch.__version__}
 
 

@@ -50,11 +50,17 @@ def test_gdpo_gives_every_reward_the_same_say():
 
 def test_gains_of_steps_by_hand():
     advantage = torch.tensor([1.0, -1.0, 2.0, -2.0])
-    # Before step 0 nothing is known; before step 1 half of the advantage, in another unit and around another mean.
-    previews = torch.tensor([[5.0, 3.0], [5.0, 1.0], [7.0, 9.0], [7.0, 5.0]])
+    # Before step 0 nothing is known; before step 1 all of it, in another unit and around another mean.
+    previews = torch.tensor([[5.0, 6.0], [5.0, 2.0], [7.0, 18.0], [7.0, 10.0]])
     for decay in (0.0, 0.5, 1.0):  # V = 0, advantage, advantage: all is gained by step 0
         made = gains_by_step(advantage, previews, 2, decay)
         assert torch.allclose(made, advantage[:, None] * torch.tensor([1.0, 0.0]))
+    # Step 0 decides the first prompt, step 1 the second: V_1 = 1, -1, 0, 0.
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    previews = torch.tensor([[5.0, 3.0], [5.0, 1.0], [7.0, 5.0], [7.0, 5.0]])
+    for decay in (0.0, 0.5, 1.0):
+        by_hand = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [decay, 1.0], [-decay, -1.0]])
+        torch.testing.assert_close(gains_by_step(advantage, previews, 2, decay), by_hand)
 
 
 def test_gains_of_steps_add_up_to_the_advantage():

@@ -65,8 +65,7 @@ BY_REWARD: dict[str, dict[str, Any]] = {
     "clip": {"evaluate": {"steps": 8, "guidance": 1.0}},  # as training draws its images: many cheap looks
 }
 
-# For gold many weights at a low rate: noise of the gradient moves them all, and its harm grows with the rate's square.
-# Values and outputs of attention are where gradients of two batches agree (docs/experiments.md).
+# For gold, the best of the tries in docs/experiments.md: many weights of cross- and self-attention at a low rate.
 PLACES = ["attn2.to_v", "attn2.to_k", "attn2.to_out.0", "attn1.to_v", "attn1.to_out.0"]
 SLOW: dict[str, Any] = {
     "policy": {"rank": 64, "targets": PLACES},

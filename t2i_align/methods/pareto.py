@@ -155,10 +155,12 @@ class PolicyGradient(OnPolicy):
 
     def by_step(self, data: Rollout, advantage: Tensor) -> Tensor:
         """Advantages (B, N) of steps, the trained ones at least, from those (B,) of images; zero for some."""
-        if self.settings.gae is None or data.previews is None:
+        decay = self.settings.gae
+        if decay is None:
             steps = advantage[:, None].expand(-1, data.traj.steps)
         else:
-            steps = gains_by_step(advantage, data.previews.to(advantage.device), data.group, self.settings.gae)
+            assert data.previews is not None
+            steps = gains_by_step(advantage, data.previews.to(advantage.device), data.group, decay)
         factors = data.trust * data.scores.total.isfinite()
         if self.settings.select == "pareto":
             factors = factors * survivors(signed_parts(self.tools.reward, data.scores), data.group).to(factors)
