@@ -213,7 +213,7 @@ def test_floors_in_words():
     assert "0.6 is reached" in said.splitlines()[0]
     assert "0.6 is not reached" in said.splitlines()[1]
     assert "grpo on gold: train-split gold +0.120 ± 0.000 (above 0)" in said
-    assert "The largest gain is grpo's, +0.120 ± 0.000 in 10 minutes" in said
+    assert "The largest gain as a user draws images is grpo's, +0.120 ± 0.000 in 10 minutes" in said
     assert "the floor of 0.10 within 60 minutes is reached" in said
     assert "gold falls: the proxy is hacked" in said
     assert "hypervolume +0.300 ± 0.000 (larger)" in said

@@ -72,7 +72,9 @@ def training(
     work: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs/bench-training"),
     only: Annotated[str, Option(help="Regular expression: cells whose names it is found in.")] = "",
     minutes: Annotated[float, Option(min=0, help="Of this call; a run that is not done goes on in the next.")] = 20.0,
-    images: Annotated[int, Option(min=1, help="Drawn by each run on gold and on the proxy.")] = 20_480,
+    images: Annotated[
+        int | None, Option(min=1, help="Drawn by each run on gold and on the proxy.", show_default="the bench's own")
+    ] = None,
     seeds: Annotated[int, Option(min=1, help="Runs of each method.")] = 3,
     prompts: Annotated[int, Option(min=2, help="Of each split, to judge the results on.")] = 200,
     label: Annotated[str, Option(help="Name of a try with other settings or images, kept apart in OUT/tuning.")] = "",
@@ -83,9 +85,11 @@ def training(
     import json
     from dataclasses import replace
 
+    from t2i_align.bench.recipes import IMAGES
     from t2i_align.bench.training import Bench, cells
     from t2i_align.errors import T2IError
 
+    images = images or IMAGES
     if words and not label:
         raise T2IError("Expected a --label for other settings: its results are kept apart from the bench's own.")
     every = cells(images, seeds)
