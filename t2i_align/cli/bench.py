@@ -158,7 +158,7 @@ def hacking_study(
     work: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs/bench-hacking"),
     only: Annotated[str, Option(help="Regular expression: cells whose names it is found in.")] = "",
     minutes: Annotated[float, Option(min=0, help="Of this call; a run that is not done goes on in the next.")] = 20.0,
-    images: Annotated[int, Option(min=1, help="Drawn by each run.")] = 3_072,
+    images: Annotated[int | None, Option(min=1, help="Drawn by each run.", show_default="the study's own")] = None,
     seeds: Annotated[int, Option(min=1, help="Runs of each guard.")] = 3,
     prompts: Annotated[int, Option(min=2, help="Held-out ones, to judge the kept weights on.")] = 200,
     method: Annotated[str, Option(help="What is trained with: refl, draft or grpo.")] = "refl",
@@ -171,14 +171,14 @@ def hacking_study(
     from dataclasses import replace
 
     from t2i_align.bench.hacking_report import path_rows, write_pages
-    from t2i_align.bench.hacking_study import BASES, Study, cells
+    from t2i_align.bench.hacking_study import BASES, IMAGES, Study, cells
     from t2i_align.errors import T2IError
 
     if words and not label:
         raise T2IError("Expected a --label for other settings: its results are kept apart from the study's own.")
     if method not in BASES:
         raise T2IError(f"Expected --method to be one of {', '.join(BASES)} but got {method!r}.")
-    every = [replace(cell, label=label, words=tuple(words or ())) for cell in cells(images, seeds, method)]
+    every = [replace(cell, label=label, words=tuple(words or ())) for cell in cells(images or IMAGES, seeds, method)]
     wanted = [cell for cell in every if re.search(only, cell.name)]
     if not wanted:
         raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in every)}.")
