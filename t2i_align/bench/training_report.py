@@ -24,6 +24,7 @@ from t2i_align.report import write_report
 
 BEGIN, END = "<!-- training bench: begin -->", "<!-- training bench: end -->"
 COMPRESSED = 0.6  # base standard deviations that file sizes should fall by
+HOW = {"own": "as a user draws images", "short": "as training does"}  # by sampler
 GAIN, WITHIN = 0.10, 60.0  # gold that one method should gain on train-split prompts, within so many minutes
 
 Result = dict[str, Any]
@@ -129,11 +130,15 @@ def findings(lines: Sequence[Line], base: Result) -> list[str]:
     said = list(_compressed(lines, base)) + list(_gold(lines, base))
     for line in lines:
         if line.reward == "pick":
-            proxy, gold = line.gain(base, "pick"), line.gain(base, "gold")
-            verdict = "gold rises too" if gold.sure and gold.mean > 0 else "gold does not measurably rise"
-            verdict = "gold falls: the proxy is hacked" if gold.sure and gold.mean < 0 else verdict
-            said.append(f"{line.label} on the proxy: proxy {signed(proxy)}, gold {signed(gold)}: {verdict}.")
+            said += [_proxy(line, base, sampler) for sampler in ("own", "short")]
     return said + list(_pareto(lines, base)) + list(_pairs(lines, base)) + list(need_findings(lines))
+
+
+def _proxy(line: Line, base: Result, sampler: str) -> str:
+    proxy, gold = (line.gain(base, name, sampler=sampler) for name in ("pick", "gold"))
+    verdict = "gold rises too" if gold.sure and gold.mean > 0 else "gold does not measurably rise"
+    verdict = "gold falls: the proxy is hacked" if gold.sure and gold.mean < 0 else verdict
+    return f"{line.label} on the proxy, {HOW[sampler]}: proxy {signed(proxy)}, gold {signed(gold)}: {verdict}."
 
 
 def base_spread(base: Result) -> float:
@@ -166,7 +171,7 @@ def _gold(lines: Sequence[Line], base: Result) -> Iterator[str]:
             f"{line.label} on gold: train-split gold {signed(own)} ({_above(own)}), as training draws its images "
             f"{signed(short)} ({_above(short)}); held-out gold {signed(held_out)} ({falls})."
         )
-    for sampler, how in (("own", "as a user draws images"), ("short", "as training does")) if mine else ():
+    for sampler, how in HOW.items() if mine else ():
         found = [(line.gain(base, "gold", sampler=sampler), line) for line in mine]
         gain, best = max(found, key=lambda pair: pair[0].mean)
         minutes = best.mean("seconds") / 60
