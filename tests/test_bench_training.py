@@ -170,7 +170,10 @@ def made(values):
 def run(method, reward, seed, scores, **more):
     result = {"cell": f"{method}.{reward}.s{seed}", "method": method, "variant": "", "reward": reward, "seed": seed}
     result |= {"images": 512, "seconds": 600.0, "kl": 2.0, "prompts": 3, "words": []}
-    result |= {"curve": [[256, 0.5], [512, 0.6]], "looks": [{"images": 0, "gold": 0.5}, {"images": 512, "gold": 0.6}]}
+    result |= {
+        "curve": [[256, 0.5], [512, 0.6]],
+        "looks": [{"images": at, "gold": gold, "reward": gold} for at, gold in ((0, 0.5), (512, 0.6))],
+    }
     return result | {"scores": made(scores)} | more
 
 
@@ -222,10 +225,10 @@ def test_floors_in_words():
 
 
 def learner(method, reward, seed, rise, images=1000):
-    """A run whose reward grows by `rise` over its images, in a straight line."""
+    """A run whose looks' reward grows by `rise` over its images, in a straight line; that of other prompts falls."""
     steps = range(0, images + 1, 100)
     looks = [{"images": at, "gold": 0.5, "reward": 0.2 + rise * at / images} for at in steps]
-    curve = [[at, 0.5 + rise * at / images] for at in steps[1:]]
+    curve = [[at, 0.5 - at / images] for at in steps[1:]]
     return run(method, reward, seed, {}, looks=looks, curve=curve, images=images)
 
 

@@ -1,8 +1,7 @@
 """How many images a method needs for the gain that GRPO ends with: where learning curves first cross a level.
 
-On tiny_clip gains are those of the runs' looks: one set of held-out prompts and noise, whatever sampler training uses.
-On gold they are those of the images that training draws, means of three neighbouring points, less the first: many more
-images than looks have. There only methods that draw by GRPO's sampler are compared.
+Gains are those of the runs' looks: one set of held-out prompts and noise, whatever sampler training uses. Rewards of
+training's own images would not do: each round has other prompts, which differ by more than a run gains.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from t2i_align.bench.recipes import MORE_LOOKS
-
 if TYPE_CHECKING:
     from t2i_align.bench.training_report import Line
 
 AGAINST = "grpo"
 COMPARED = {"clip": ("refl", "draft", "alignprop"), "gold": ("ddpo", "d3po", "prdp", "vard")}
-LAST = 3  # points at the end of a curve whose mean is the gain that it ends with
+LAST = 3  # looks at the end of a curve whose mean is the gain that it ends with
 FIFTH = 0.2  # of GRPO's images: what reward gradients should need at most
 SHARES = (0.5, 1.0)  # of GRPO's gain
 
@@ -50,18 +47,9 @@ class Need(NamedTuple):
 
 
 def learning_curve(run: Result) -> Points:
-    """Images and gain of the trained reward along a run, from 0, 0 on."""
-    if run["reward"] in MORE_LOOKS:
-        points = [(look["images"], look["reward"]) for look in run["looks"]]
-    else:
-        points = [(0, run["curve"][0][1]), *smoothed(run["curve"])]
-    return [(images, value - points[0][1]) for images, value in points]
-
-
-def smoothed(points: Sequence[Sequence[float]]) -> Points:
-    """The means of each point and its neighbours."""
-    values = [value for _, value in points]
-    return [(images, fmean(values[max(0, at - 1) : at + 2])) for at, (images, _) in enumerate(points)]
+    """Images and gain of the trained reward at the looks of a run, from 0, 0 on."""
+    looks = run["looks"]
+    return [(look["images"], look["reward"] - looks[0]["reward"]) for look in looks]
 
 
 def crossing(points: Points, level: float) -> float | None:
@@ -75,7 +63,7 @@ def crossing(points: Points, level: float) -> float | None:
 
 
 def final_gain(line: Line) -> float:
-    """The gain that a method ends with, over seeds and the last points."""
+    """The gain that a method ends with, over seeds and the last looks."""
     return fmean(value for run in line.runs for _, value in learning_curve(run)[-LAST:])
 
 

@@ -130,7 +130,7 @@ def findings(lines: Sequence[Line], base: Result) -> list[str]:
     said = list(_compressed(lines, base)) + list(_gold(lines, base))
     for line in lines:
         if line.reward == "pick":
-            said += [_proxy(line, base, sampler) for sampler in ("own", "short")]
+            said += [_proxy(line, base, sampler) for sampler in HOW]
     return said + list(_pareto(lines, base)) + list(_pairs(lines, base)) + list(need_findings(lines))
 
 
@@ -164,7 +164,7 @@ def _compressed(lines: Sequence[Line], base: Result) -> Iterator[str]:
 def _gold(lines: Sequence[Line], base: Result) -> Iterator[str]:
     mine = [line for line in lines if line.reward == "gold"]
     for line in mine:
-        own, short = (line.gain(base, "gold", sampler=sampler) for sampler in ("own", "short"))
+        own, short = (line.gain(base, "gold", sampler=sampler) for sampler in HOW)
         held_out = line.gain(base, "gold", "heldout")
         falls = "falls" if held_out.sure and held_out.mean < 0 else "does not measurably fall"
         yield (
