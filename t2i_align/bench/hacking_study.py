@@ -42,7 +42,7 @@ from t2i_align.runs import environment, read_jsonl, write_text
 from t2i_align.training.blocks import RunConfig, load_run
 from t2i_align.training.checkpoints import checkpoints, read_checkpoint
 from t2i_align.training.honest import EVALUATIONS
-from t2i_align.training.run import LORA, train
+from t2i_align.training.run import train
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -198,7 +198,7 @@ class Study:
         self.base()
         result = self._describe(cell, config, looks, done.kept)
         pipe = load_pipeline(PIPELINE, channels_last=True)
-        with arms(pipe, done.folder / LORA) as contexts, contexts["tuned"]:
+        with arms(pipe, done.weights) as contexts, contexts["tuned"]:
             result["scores"] = self.measure(pipe)
         path.parent.mkdir(parents=True, exist_ok=True)
         if cell.seed == 0:

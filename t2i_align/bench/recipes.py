@@ -18,12 +18,14 @@ IMAGES = 10_240  # drawn by a run, unless the reward says otherwise
 # The rewards by the names that cells have: the expression that is trained on, and the images of a run.
 REWARDS: dict[str, tuple[str, int | None]] = {
     "gold": (GOLD, None),
+    "gold-200": (GOLD, 40_960),
     "pick": ("tiny_pick", None),
     "jpeg": ("jpeg_compressibility", 3_000),
     "gold-jpeg": (f"{GOLD} + 0.5 * jpeg_compressibility", 5_120),  # each counts about its own spread within a prompt
     "clip": ("tiny_clip", 5_120),
 }
 
+ON_JUDGED = ("gold-200",)  # whose runs come back to the prompts that cells are judged on, where others see theirs once
 LOOKS = 6  # evaluations of a run after its start
 MORE_LOOKS = {"clip": 24}  # where images to a given gain are read off them
 PAIRS, PASSES = 2_000, 4  # of methods that learn from given pairs: how many, and how often they see each
@@ -36,6 +38,13 @@ COMMON: dict[str, Any] = {
     "prompts": {"kinds": ["pair", "group"], "size": 640, "per_round": 8},
     "train": {"learning_rate": 5e-4, "weight_decay": 1e-4},
     "evaluate": {"steps": 8, "guidance": 1.0, "images": 4},  # as training draws its images: a tenth of the calls
+}
+
+# What reward gradients have in common: all weights at the rate at which a run keeps what it gains.
+BY_GRADIENT: dict[str, Any] = {
+    "policy": {"use": "full", "rank": None},
+    "prompts": {"per_round": 16},
+    "train": {"learning_rate": 2e-5, "ema": 0.98},
 }
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -55,9 +64,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "prompts": {"per_round": 32},
         "train": {"learning_rate": 1e-4},
     },
-    "refl": {"method": {"window": 0.5, "loss": "linear", "batch_size": 16}, "prompts": {"per_round": 16}},
-    "draft": {"method": {"keep": 1, "batch_size": 16}, "prompts": {"per_round": 16}},
-    "alignprop": {"method": {"keep": "uniform", "batch_size": 16}, "prompts": {"per_round": 16}},
+    "refl": {"method": {"window": 0.5, "loss": "linear", "batch_size": 16}} | BY_GRADIENT,
+    "draft": {"method": {"keep": 4, "batch_size": 16}} | BY_GRADIENT,
+    "alignprop": {"method": {"keep": "uniform", "batch_size": 16}} | BY_GRADIENT,
 }
 
 BY_REWARD: dict[str, dict[str, Any]] = {
@@ -78,7 +87,7 @@ BY_STEP: dict[str, dict[str, Any]] = {  # what else policy gradients have
 BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
     (method, reward): SLOW | BY_STEP.get(method, {})
     for method in ("ddpo", "grpo", "d3po", "prdp", "nft", "vard")
-    for reward in ("gold", "pick", "gold-jpeg")
+    for reward in ("gold", "gold-200", "pick", "gold-jpeg")
 }
 
 

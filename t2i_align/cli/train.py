@@ -39,7 +39,7 @@ def train(
     run = load_run(config, overrides or [])
 
     from t2i_align.training.distributed import ALONE, World
-    from t2i_align.training.run import LORA, MODEL, make_parts
+    from t2i_align.training.run import make_parts
     from t2i_align.training.run import train as start
 
     if dry_run:
@@ -59,7 +59,7 @@ def train(
     if as_json:
         print(json.dumps({"folder": str(done.folder), "step": done.step, "kept": kept}))
         return
-    result = done.folder / (LORA if run.policy.use == "lora" else MODEL)
+    result = done.weights
     print(f"{done.step} updates; the weights of step {kept['step']} are in {result}")
     print(f"open {done.folder / 'README.md'} for the scores before and after")
 

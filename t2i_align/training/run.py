@@ -47,6 +47,11 @@ class Trained(NamedTuple):
     step: int
     kept: dict[str, Any]
 
+    @property
+    def weights(self) -> Path:
+        """Folder of a finished run's trained weights."""
+        return next((self.folder / name for name in (LORA, MODEL) if (self.folder / name).is_dir()), self.folder / LORA)
+
 
 @dataclass
 class Parts:
