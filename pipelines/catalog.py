@@ -14,6 +14,8 @@ from t2i_align.pipelines.hub import absent, ask, is_hub_id, offline, snapshot
 from t2i_align.pipelines.models import GUIDANCE, MODELS, PipelineError, find_model
 from t2i_align.pipelines.weights import INDEX, read_index
 
+CARD = "card.json"  # beside the weights: how a pipeline is called, what it was made of
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -119,12 +121,12 @@ def card_of(pipeline: str | Path | DiffusionPipeline) -> dict[str, Any]:
         PipelineError: no such pipeline, or a card that is not JSON.
     """
     folder = _folder(pipeline)
-    if folder is None or not (folder / "card.json").is_file():
+    if folder is None or not (folder / CARD).is_file():
         return {}
     try:
-        return json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        return json.loads((folder / CARD).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PipelineError(f"The card {folder / 'card.json'} is not JSON: {error}.") from error
+        raise PipelineError(f"The card {folder / CARD} is not JSON: {error}.") from error
 
 
 def call_defaults(pipeline: str | Path | DiffusionPipeline) -> dict[str, Any]:

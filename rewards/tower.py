@@ -181,7 +181,8 @@ class Tower(nn.Module):
         """Unit vectors (B, D), fp32; each different text is encoded once, and remembered. Warns of texts it cuts."""
         new = [text for text in dict.fromkeys(texts) if text not in self.texts]
         if new:
-            with torch.inference_mode(False), torch.no_grad():
+            # They are remembered: they must not depend on who asks first.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 tokens = self.tokenise(new)
                 for text in new:
                     if self.length(text) > tokens.shape[1]:

@@ -36,7 +36,7 @@ class TrainConfig(Settings):
 
     steps: int = Field(gt=0, description="optimiser updates")
     seed: int = Field(0, description="names every random number of the run")
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
     decay: float = Field(

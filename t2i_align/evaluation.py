@@ -39,7 +39,7 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.mean:.4g}" + ("" if math.isnan(self.low) else f" [{self.low:.4g}, {self.high:.4g}]")
 
 
 class Comparison(NamedTuple):
@@ -113,9 +113,13 @@ def evaluate(
             check_reward(spec)
     if lora is not None and not Path(lora).exists():
         raise T2IError(f"No such LoRA: {lora}.")
+    if lora is not None and (Path(lora) / "lora").is_dir():
+        raise T2IError(f"Expected a LoRA but {lora} is the folder of a run: use {Path(lora) / 'lora'}.")
     if images < 1:
         raise T2IError(f"Expected 1 or more images per prompt but got {images}.")
     place, table = resolve_device(device), Prompts.of(prompts)
+    if not len(table):
+        raise T2IError("Expected one or more prompts but got none.")
     scorers = [load_reward(spec, place, base=pipeline if isinstance(pipeline, str) else None) for spec in specs]
     check_prompts(scorers, table)
     opened = isinstance(pipeline, (str, Path))

@@ -117,6 +117,19 @@ def read_prompts(source: str | Path) -> Prompts:
     return table
 
 
+def read_prompt_file(path: str | Path) -> Prompts:
+    """As `read_prompts`, where a file is meant.
+
+    Raises:
+        T2IError: no such file, not one of prompts, or empty.
+    """
+    if not Path(path).is_file():
+        raise T2IError(f"No such file of prompts: {path}.")
+    if Path(path).suffix.lower() not in (".txt", *TABLES):
+        raise T2IError(f"Expected a file of prompts ending in .txt, {', '.join(TABLES)} but got {path}.")
+    return read_prompts(path)
+
+
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a `.jsonl`, `.csv` or `.parquet` file. Raises T2IError where it cannot be read."""
     kind = path.suffix.lower()

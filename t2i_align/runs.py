@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,14 @@ class FolderError(T2IError):
     """An output folder that is in the way."""
 
 
-def open_folder(folder: str | Path, config: Settings, *, resume: bool | None = False, overwrite: bool = False) -> Path:
+def open_folder(
+    folder: str | Path,
+    config: Settings,
+    *,
+    resume: bool | None = False,
+    overwrite: bool = False,
+    free: Mapping[str, Collection[str]] | None = None,
+) -> Path:
     """Make a run's folder and write `config.yaml` and `environment.json` into it.
 
     Args:
@@ -36,6 +43,7 @@ def open_folder(folder: str | Path, config: Settings, *, resume: bool | None = F
         config: the resolved settings of the job.
         resume: go on in an existing folder, if its settings are the same; None for a job that cannot.
         overwrite: delete an existing folder first; only one that an earlier run of ours made.
+        free: by block of settings, those that may be others when a job goes on.
 
     Raises:
         FolderError: the folder holds something, and neither `resume` nor `overwrite` applies.
@@ -53,12 +61,16 @@ def open_folder(folder: str | Path, config: Settings, *, resume: bool | None = F
         if before is None:
             raise FolderError(f"{folder} was not written by this command, so it is neither resumed nor replaced.")
         if resume:
-            changed = [n for n in type(config).model_fields if getattr(before, n) != getattr(config, n)]
+            changed = [n for n in type(config).model_fields if n not in (free or {})]
+            changed = [text for n in changed for text in _changes(n, getattr(before, n), getattr(config, n))]
+            for n, names in (free or {}).items():
+                changed += _changes(n, getattr(before, n), getattr(config, n), names)
             if changed:
                 raise FolderError(
                     f"{folder} was made with other settings ({', '.join(changed)}): repeat them to resume, or choose "
                     "another folder."
                 )
+            write_text(folder / CONFIG, config.to_yaml())
             return folder
         _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +87,14 @@ def _read_ours(folder: Path, kind: type[T]) -> T | None:
     except (OSError, ValueError):
         return None
     return before if isinstance(written, dict) and "t2i_align" in written else None
+
+
+def _changes(name: str, before: Any, now: Any, free: Collection[str] = ()) -> list[str]:
+    """What differs between two settings, or between those of a block that may not change."""
+    if isinstance(before, Settings) and type(before) is type(now):
+        inner = [n for n in type(before).model_fields if n not in free]
+        return [text for n in inner for text in _changes(f"{name}.{n}", getattr(before, n), getattr(now, n))]
+    return [] if before == now else [f"{name}: {before!r} there, {now!r} here"]
 
 
 def _empty(folder: Path) -> None:

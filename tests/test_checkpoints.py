@@ -215,6 +215,24 @@ def test_fp16_scales_the_loss_skips_infinite_gradients_and_keeps_its_scale(tmp_p
     assert saved["scaler"]["scale"] == state.scaler.get_scale() == 2**15
 
 
+class HalfBase(Method):
+    """A trained weight in fp32 over a frozen one in fp16, in which its gradient of 2e-8 is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.frozen = nn.Parameter(torch.full((1,), 2e-2, dtype=torch.float16), requires_grad=False)
+
+    def losses(self, ctx, batch):
+        yield Term((self.weight.half() * self.frozen).float().sum() * 1e-6, {})
+
+
+def test_gradients_through_frozen_fp16_weights_are_scaled_too(tmp_path):
+    method = HalfBase()
+    fit(method, lambda number: None, settings(steps=3, ema=None, weight_decay=0.0), tmp_path)
+    assert float(method.weight) == pytest.approx(-0.1, rel=0.1)  # 3 steps of Adam, whose eps is half of it
+
+
 def test_an_8_bit_optimizer_without_its_library_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(TrainingError, match=r"pip install 't2i-align\[bnb\]'"):

@@ -22,7 +22,8 @@ from t2i_align.policy import Policy
 from t2i_align.policy.sharded import shard
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer
-from t2i_align.training import World, fit
+from t2i_align.rewards.constraints import Constraint, Limited
+from t2i_align.training import TrainingError, World, fit
 from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,7 @@ METHODS = {
     "doubt": {"use": "grpo", "discount": 1.0, "gae": 0.5, "clip": 0.2},
     "refl": {"use": "refl", "scale": 1.0, "goal": 9.0, "minibatches": 2},
     "draft": {"use": "draft", "lv": 2, "batch_size": 2},
+    "limited": {"use": "draft", "group": 1, "batch_size": 2, "minibatches": 2},
     "alignprop": {"use": "alignprop", "kernel": "ddim(1.0)"},
     "dpo": {"use": "diffusion_dpo", "group": 2, "beta": 20.0, "minibatches": 2, "times": "grid", "drop_captions": 0.2},
     "kto": {"use": "diffusion_dpo", "loss": "kto", "online": True, "beta": 5.0, "times": "grid", "sft": 0.1},
@@ -55,6 +57,19 @@ class Reward(Scorer):
         return reward(images, prompts.text), images.mean((1, 2, 3))
 
 
+class Light(Reward):
+    """Another one, for a constraint."""
+
+    name = "light"
+
+
+class Nothing(Reward):
+    """No number for any image."""
+
+    def forward(self, images, prompts):
+        return images.mean((1, 2, 3)) * torch.nan
+
+
 def reward(images, prompts):
     return (16 * (images[:, 0] - 0.5)).mean((1, 2)) + torch.tensor([0.3 * float(text) for text in prompts])
 
@@ -63,7 +78,8 @@ def train(name, folder, world, sharded=False, stop=None, resume=False):
     """Five updates or more on the toy; Ctrl-C before the round `stop`."""
     pipe = toy_pipeline(size=2)
     found, settings = read_method({"group": 4, "steps": 3, "batch_size": 4} | METHODS[name])
-    method = found(settings, Policy.full(pipe, shard=sharded), Tools(Driver(pipe), Reward()))
+    scorer = Limited(Reward(), [Constraint(Light(), "at_least", 3.0)]) if name == "limited" else Reward()
+    method = found(settings, Policy.full(pipe, shard=sharded), Tools(Driver(pipe), scorer))
     steps = 8 if method.updates == 4 else 6
     every = {"checkpoint_every": 2, "log_every": 1}
     config = TrainConfig(steps=steps, learning_rate=0.05, weight_decay=0.0, ema=0.9, **every)
@@ -76,6 +92,15 @@ def train(name, folder, world, sharded=False, stop=None, resume=False):
         return Prompts(tuple(ROUND), columns)
 
     return fit(method, data, config, folder, world=world, resume=resume)
+
+
+def train_on_nothing(folder, world):
+    """Reward gradients without a single reward are found by each process among its own images."""
+    found, settings = read_method({"use": "draft", "group": 4, "steps": 3, "batch_size": 4})
+    pipe = toy_pipeline(size=2)
+    method = found(settings, Policy.full(pipe), Tools(Driver(pipe), Nothing()))
+    with pytest.raises(TrainingError, match="have a reward that is no number"):
+        fit(method, lambda number: Prompts.of(ROUND), TrainConfig(steps=2), Path(folder) / "nothing", world=world)
 
 
 def train_in_parts(name, folder, world, sharded=False):
@@ -155,6 +180,7 @@ def work(folder):
         if name in SHARDABLE:
             train_in_parts(name, Path(folder) / f"shards-{name}", world, sharded=True)
     shard_fully(folder, world)
+    train_on_nothing(folder, world)
     whole_run(folder)
     sharded_run(folder, world)
     torch.distributed.destroy_process_group()
@@ -186,6 +212,7 @@ def both(tmp_path_factory):
         for name in METHODS:
             train(name, one / name, World())
         shard_fully(one, World())
+        train_on_nothing(one, World())
         whole_run(one)
         sharded_run(one, World())
         for process in started:

@@ -10,6 +10,8 @@ from torch import nn
 
 from t2i_align.errors import T2IError
 from t2i_align.evaluation import compare, evaluate, interval
+from t2i_align.pipelines import call_defaults
+from t2i_align.pipelines.catalog import find_pipeline
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from tests.families import FAMILIES
@@ -80,7 +82,9 @@ def test_full_weights_against_their_base(tmp_path):
     policy = Policy.full(pipe)
     with torch.no_grad():
         policy.trainable()[0].add_(2.0)
+    pipe.register_to_config(_name_or_path=str(find_pipeline("tiny-sd")))  # as if it had been loaded from there
     policy.save(tmp_path / "model")
+    assert call_defaults(tmp_path / "model") == call_defaults("tiny-sd")
     fresh = toy_pipeline(size=8)
     found = evaluate(fresh, PROMPTS, [red], lora=tmp_path / "model", images=2, steps=3, html=tmp_path / "page.html")
     assert found.comparisons["red"].gain.low > 0.05

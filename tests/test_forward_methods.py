@@ -110,6 +110,21 @@ def test_guidance_is_off_in_the_loss():
     dev = Subject("flux-dev").driver
     assert unguided(dev) == {}  # built into the network
     assert unguided(Subject("qwen-image").driver) == {"true_cfg_scale": 1.0}
+    assert unguided(Subject("sd-pag").driver) == {"guidance_scale": 1.0, "pag_scale": 0.0}
+
+
+@pytest.mark.parametrize("use", ["nft", "rwr"])
+def test_one_image_of_a_prompt_teaches_nothing(use):
+    with pytest.raises(ValueError, match="group"):
+        make(use, group=1)
+
+
+def test_what_a_run_learns_from():
+    assert make("diffusion_dpo", online=True, group=4).learns_reward
+    assert make("nft", group=4).learns_reward
+    assert not make("diffusion_dpo").learns_reward
+    with pytest.raises(ValueError, match="Expected no drop_captions with online"):
+        make("diffusion_dpo", online=True, drop_captions=0.2)
 
 
 # Images as latents

@@ -16,7 +16,7 @@ from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer
-from t2i_align.training import Ctx, fit
+from t2i_align.training import Ctx, TrainingError, fit
 
 METHODS = {
     "ddpo": (DDPO, DDPOSettings),
@@ -150,7 +150,7 @@ def test_first_gradients_are_those_of_one_policy_gradient(flow):
     grpo, _, _ = gradient(make("grpo", flow, group=8, spread="none", advantage_clip=1e9), ["0"])
     # dL/drh_i = -(4 / (beta (B - 1))) (r_i - mean): twice that of a mean over pairs a > b, counted once
     torch.testing.assert_close(prdp, 4 * 8 / 7 * grpo, rtol=1e-4, atol=1e-6)
-    ddpo, _, _ = gradient(make("ddpo", flow, group=8, min_count=99, advantage_clip=1e9), ["0"])
+    ddpo, _, _ = gradient(make("ddpo", flow, group=8, min_count=99, buffer=99, advantage_clip=1e9), ["0"])
     spread = data.scores.total.std(correction=0)
     torch.testing.assert_close(ddpo * spread, grpo, rtol=1e-4, atol=1e-6)
 
@@ -191,8 +191,34 @@ def test_minibatches_share_a_round_and_cover_it():
 
 def test_a_window_trains_its_rows_alone():
     method = make("grpo", window=2)
-    for step, rows in ((0, (0, 1)), (1, (2, 3)), (2, (1, 2))):
+    for step, rows in ((0, (0, 1)), (1, (2, 3)), (2, (0, 1))):
         assert method.rollout(context(step), Prompts.of("0")).traj.stochastic == rows
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "width"), [(10, 0.99, 5), (10, 0.99, 2), (20, 0.99, 5), (4, 1.0, 1), (4, 0.5, 9)]
+)
+def test_a_window_comes_to_every_trained_row(steps, share, width):
+    method = make("grpo", steps=steps, trained_rows=share, window=width)
+    rounds = [method.kernels(context(step)) for step in range(-(-steps // width))]
+    seen = [{row for row, kernel in enumerate(kernels) if kernel.stochastic} for kernels in rounds]
+    assert set(range(min(int(share * steps), steps - 1))) <= set.union(*seen)
+    assert {len(rows) for rows in seen} == {min(width, steps)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_without_a_step_to_train_is_refused(name):
+    with pytest.raises(TrainingError, match="None of the 1 steps of a run has noise"):
+        gradient(make(name, steps=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("grpo", {"group": 1}), ("prdp", {"group": 1}), ("d3po", {"group": 1}), ("ddpo", {"buffer": 8})],
+)
+def test_settings_that_teach_nothing_are_refused(name, settings):
+    with pytest.raises(ValueError, match="group|buffer of min_count=16"):
+        make(name, **settings)
 
 
 def test_published_kl_leaves_out_the_step_length():

@@ -81,8 +81,9 @@ def test_survivors_by_hand_and_by_sign():
 def test_tokens_say_which_reward_a_prompt_serves(name):
     method = make(name, tokens="<reward {k}>", clip=0.2)
     prompts = Prompts.of(["a", "b", "c"])
-    assert method.labelled(context(), prompts).text == ("<reward 1> a", "<reward 2> b", "<reward 1> c")
-    assert method.labelled(context(1), prompts).text == ("<reward 2> a", "<reward 1> b", "<reward 2> c")
+    assert method.labelled(context(), prompts, 3).text == ("<reward 1> a", "<reward 2> b", "<reward 1> c")
+    assert method.labelled(context(1), prompts, 3).text == ("<reward 2> a", "<reward 1> b", "<reward 2> c")
+    assert method.labelled(context(), prompts[1:], 3, 1).text == ("<reward 2> b", "<reward 1> c")
     assert method.as_used(prompts).text[0] == "<reward 1> <reward 2> a"
     data, advantages = method.collect(context(), prompts[:2])
     assert data.traj.cond.prompts.text[::4] == ("<reward 1> a", "<reward 2> b")
@@ -155,6 +156,16 @@ def test_the_language_model_learns_to_write_what_is_rewarded(writer, tmp_path):
     assert chance() > first + 0.2
 
 
+def test_tokens_come_before_what_the_language_model_writes(writer):
+    """In training as in use; it reads the prompt alone."""
+    method = make(tokens="<reward {k}>", expand={"use": writer, "tokens": 2, "keep": False})
+    data, _ = method.collect(context(), Prompts.of(["a red", "a blue"]))
+    told = data.traj.cond.prompts
+    assert [text[:11] for text in told.text[::4]] == ["<reward 1> ", "<reward 2> "]
+    read = [tuple(method.expander.tokenizer(text)["input_ids"]) for text in ("a red", "a blue")]
+    assert [pair[0] for pair in told.columns["expansion"][::4]] == read
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -206,6 +217,7 @@ def test_a_run_with_tokens_and_expansion_leaves_all_of_it(here, writer):
         ({"method.tokens": "<reward>", "method.select": "pareto"}, "Expected tokens with {k}"),
         ({"method.tokens": "{k}", "method.select": "pareto", "method.combine": "gdpo"}, "Expected combine: sum"),
         ({"method.select": "pareto", "reward": "tests.test_run:Red"}, "a sum of two rewards or more"),
+        ({"method.combine": "gdpo", "reward": "tests.test_run:Red"}, "with method.combine: gdpo"),
         ({"method.expand": {"use": "./nowhere"}}, "method.expand.use: no language model ./nowhere"),
         ({"method.expand": {"use": "./nowhere", "lenght": 3}}, "lenght"),
     ],

@@ -1,6 +1,7 @@
 """Runs from a config: blocks, refusals, the run folder, the honest stop, resume."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ from t2i_align.config import ConfigError
 from t2i_align.methods.grpo import GRPO
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import PolicyError
+from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer
-from t2i_align.training import Term, TrainingError
+from t2i_align.training import Ctx, Term, TrainingError
 from t2i_align.training.blocks import load_run
+from t2i_align.training.health import Health
 from t2i_align.training.honest import look_of, pairwise_distance
 from t2i_align.training.prompts import make_pool
 from t2i_align.training.run import train
 from tests.families import FAMILIES
+from tests.test_methods import make
 
 CONFIG = {
     "method": {"use": "grpo", "group": 4, "steps": 3, "batch_size": 8, "clip": 0.2},
@@ -91,6 +95,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(f"0.{i}" for i in range(9)))
     Path("heldout.txt").write_text("0.11\n0.55\n0.77")
+    Path("prompts.md").write_text("0.1")
     return tmp_path
 
 
@@ -153,6 +158,99 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_rows(here):
         run("parts", {"train.ema": 0.9}, resume=True)
 
 
+def test_a_run_goes_on_beyond_its_first_end(here):
+    run("whole")
+    run("parts", {"train.steps": 4})
+    assert run("parts", {"train.log_every": 1}, resume=True).step == 6
+    whole, parts = (torch.load(f"{n}/checkpoints/step-00000006.pt", weights_only=True) for n in ("whole", "parts"))
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, parts["weights"][name])
+    assert yaml.safe_load(Path("parts/config.yaml").read_text())["train"]["steps"] == 6
+
+
+def test_a_run_never_resumes_from_before_its_best_weights(here):
+    watched = {"evaluate.stop": {"watch": "reward", "patience": 3}, "train.checkpoint_every": 1000}
+    Falling.calls = 0
+    with pytest.raises(RuntimeError, match="a crash"):
+        run(changes=watched | {"train.steps": 40, "reward": "tests.test_run:Falling"})
+    best = torch.load("run/checkpoints/best.pt", weights_only=True)["step"]
+    assert 0 < best <= max(int(path.stem.removeprefix("step-")) for path in Path("run/checkpoints").glob("step-*.pt"))
+
+
+class Falling(Red):
+    """Red, until the run crashes."""
+
+    calls = 0
+
+    def forward(self, images, prompts):
+        Falling.calls += 1
+        if Falling.calls > 20:
+            raise RuntimeError("a crash")
+        return super().forward(images, prompts)
+
+
+def test_weights_that_diverge_end_the_run_with_advice(here):
+    with pytest.raises(TrainingError, match="the weights have diverged: use a lower train.learning_rate"):
+        run(changes={"train.learning_rate": 1e38, "train.max_norm": None, "evaluate.every": 6})
+
+
+def test_images_that_are_no_numbers_are_left_out():
+    method = make("grpo", size=8)
+    latents = torch.zeros(3, 3, 8, 8)
+    latents[1, 0, 2, 2] = torch.nan
+    assert method.score(latents, Prompts.of(["0"] * 3)).total.isnan().tolist() == [False, True, False]
+
+
+def test_the_config_of_a_run_means_that_run(here, cli, capsys):
+    run("place", minutes=0)
+    again = load_run("place/config.yaml")
+    assert again.folder == Path("place")
+    assert load_run("place/config.yaml", ["out=elsewhere"]).folder == Path("elsewhere")
+    shutil.copy("place/config.yaml", "config.yaml")  # no run's
+    assert load_run("config.yaml").folder == Path("runs/grpo")
+    capsys.readouterr()
+    run("nowhere", resume=True)
+    assert "note: nowhere has no checkpoint to resume from; the run starts" in capsys.readouterr().err
+
+
+def test_a_run_says_why_it_ended(here):
+    paused = run("paused", minutes=0)
+    assert paused.note.startswith("stopped at update 0 of 6: its time is up")
+    done = run("paused", resume=True)
+    assert done.note == ""
+    stop = {"evaluate.stop": {"watch": "tests.test_run:Cyan", "patience": 2}, "train.steps": 40}
+    given_up = run("given-up", stop | {"evaluate.watch": ["tests.test_run:Cyan"]})
+    assert "stopped at update 4 of 40: `tests.test_run:Cyan` has not risen for 2 evaluations" in given_up.note
+    assert "the weights are those that the run began with" in given_up.note
+    assert given_up.note in Path("given-up/README.md").read_text()
+    far = run("far", {"evaluate.budget": {"kl": 1e-9}})
+    assert "further from the base than evaluate.budget allows" in far.note
+
+
+class Exact(Red):
+    """Refuses to compute in another number type than its own."""
+
+    def forward(self, images, prompts):
+        assert images.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        return super().forward(images, prompts)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_scorers_compute_in_their_own_number_type(here, precision):
+    assert run(changes={"reward": "tests.test_run:Exact", "train.precision": precision}).step == 6
+
+
+def test_all_weights_are_not_trained_in_half_precision(here):
+    with pytest.raises(PolicyError, match="Expected a denoiser in fp32.*bfloat16"):
+        train(CONFIG, pipeline=toy_pipeline(size=8).to(torch.bfloat16), out="run")
+
+
+def test_latents_that_are_no_numbers_are_told_from_a_wrong_policy():
+    with pytest.raises(TrainingError, match="latents are not finite: use precision=bf16"):
+        Health().term(Ctx(0, 0, torch.device("cpu")), {"ratio": torch.tensor([1.0, torch.nan])})
+
+
 def test_stop_keeps_the_best_honest_weights(here):
     """The reward is red; a watched score that only falls ends the run, and its best weights are the base's."""
     changes = {
@@ -211,6 +309,11 @@ def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
         ({"method.minibatches": 3, "train.steps": 5}, ["method.minibatches", "train.steps"]),
         ({"prompts.per_round": 20}, ["at least the 20 prompts"]),
         ({"prompts.path": None}, ["use: file with path"]),
+        ({"prompts.path": "prompt"}, ["No such file of prompts: prompt"]),
+        ({"prompts.path": "prompts.md"}, ["ending in .txt"]),
+        ({"method.kernel": "ddim(0.0)"}, ["method.kernel: expected a stochastic kernel"]),
+        ({"train.learning_rate": float("inf")}, ["train.learning_rate"]),
+        ({"policy": {"use": "lora", "start": "nothing", "rank": 4}}, ["policy.rank=null"]),
         ({"reward": "tests.test_run:Telling"}, ["prompts: the scorer telling reads the columns answer"]),
         ({"out": "prompts.txt/run"}, ["prompts.txt is a file"]),
         ({"out": "/proc/t2i-align/run"}, ["out: the folder /proc cannot be written"]),
@@ -224,6 +327,7 @@ def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
         ({"model.use": "tiny-sx"}, ["Did you mean 'tiny-sd'"]),
         ({"policy.use": "lora", "policy.targets": ["to_x"]}, ["ends in 'to_x'", "to_q"]),
         ({"policy.rank": 4}, ["Expected no rank where all weights are trained"]),
+        ({"model.dtype": "fp16"}, ["model.dtype: expected fp32 with policy.use: full", "train.precision=bf16"]),
         ({"evaluate.stop": {"watch": "blue"}}, ["evaluate.stop.watch"]),
         ({"train.optimizer": "adamw_9bit"}, ["train.optimizer"]),
         ({"log.wandb": "project"}, ["pip install 't2i-align[wandb]'"]),

@@ -55,7 +55,7 @@ def test_resume_with_other_settings_names_them(tmp_path):
     before = made(tmp_path / "run")
     with pytest.raises(FolderError) as caught:
         open_folder(tmp_path / "run", Job(steps=4, sizes=(3,)), resume=True)
-    assert "(steps, sizes)" in str(caught.value)
+    assert "(steps: 3 there, 4 here, sizes: (1, 2) there, (3,) here)" in str(caught.value)
     assert files(tmp_path / "run") == before
 
 

@@ -57,10 +57,11 @@ def train(
         return
     kept = {name: value for name, value in done.kept.items() if name != "scores"}
     if as_json:
-        print(json.dumps({"folder": str(done.folder), "step": done.step, "kept": kept}))
+        print(json.dumps({"folder": str(done.folder), "step": done.step, "kept": kept, "note": done.note}))
         return
-    result = done.weights
-    print(f"{done.step} updates; the weights of step {kept['step']} are in {result}")
+    if done.note:
+        print(done.note)
+    print(f"updates made: {done.step}; the weights of step {kept['step']} are in {done.weights}")
     print(f"open {done.folder / 'README.md'} for the scores before and after")
 
 

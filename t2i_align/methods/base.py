@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +24,11 @@ from t2i_align.rewards.compose import WeightedSum
 from t2i_align.rewards.constraints import Limited
 from t2i_align.training import Ctx, Method, TrainingError
 from t2i_align.trajectory import Trajectory
+
+DIVERGED = (
+    "The images of a round are no numbers, so the weights have diverged: use a lower train.learning_rate, a smaller "
+    "train.max_norm, or bf16 in the place of fp16; earlier checkpoints are kept."
+)
 
 
 class SamplingSettings(Settings):
@@ -128,6 +133,11 @@ class OnPolicy(Method):
         return None
 
     @property
+    def learns_reward(self) -> bool:
+        """Whether the reward is what it learns from, not preferences that are given."""
+        return self.tools.scorer is not None
+
+    @property
     def updates(self) -> int:
         """Optimiser updates per round of images."""
         return self.settings.epochs * self.settings.minibatches
@@ -224,10 +234,10 @@ class OnPolicy(Method):
 
         def look(row: int, made: Step, x: Tensor) -> None:
             if row < self.previewed:
-                previews.append(self.tools.reward.scores(driver.decode(made.x0, s.batch_size), many).total)
+                previews.append(self.score(made.x0, many).total)
 
         traj = self.draw(ctx, cond, seed, ids, look)
-        scores = gather(ctx, self.tools.reward.scores(driver.decode(traj.x[:, -1], s.batch_size), many))
+        scores = gather(ctx, self.score(traj.x[:, -1], many))
         if not scores.total.isfinite().any():
             raise TrainingError("Every reward of a round is no number: score one image by hand to see why.")
         self.check_std(scores)
@@ -235,6 +245,26 @@ class OnPolicy(Method):
             self.tools.reward.update(scores)
         promised = ctx.world.gather(torch.stack(previews, 1)) if previews else None
         return Rollout(traj, scores, s.group, seed, first, s.discount, previews=promised)
+
+    def score(self, latents: Tensor, prompts: Prompts) -> Scores:
+        """Scores of latents (B, ...); NaN for those whose images are no numbers.
+
+        Scorers compute in their own number type, as in evaluations; decoders in that of the networks unless it is
+        fp16, in which many overflow.
+
+        Raises:
+            TrainingError: no image has numbers.
+        """
+        place = latents.device.type
+        small = torch.is_autocast_enabled(place) and torch.get_autocast_dtype(place) == torch.float16
+        with torch.autocast(place, enabled=False) if small else nullcontext():
+            images = self.tools.driver.decode(latents, self.settings.batch_size)
+        known = images.isfinite().flatten(1).all(1)
+        if not known.any():
+            raise TrainingError(DIVERGED)
+        with torch.autocast(place, enabled=False):
+            scores = self.tools.reward.scores(images.float().where(known[:, None, None, None], 0.0), prompts)
+        return scores._replace(total=scores.total.where(known, torch.nan))
 
     def check_std(self, scores: Scores) -> None:
         """Raises TrainingError where `discount` asks for a std that the reward does not have."""
@@ -259,8 +289,14 @@ class OnPolicy(Method):
         return driver.rollout(cond, s.steps, self.kernels(ctx), seed, **options, **call)
 
     def rows(self, traj: Trajectory) -> list[int]:
-        """The rows that are trained: those with noise among the noisiest share."""
-        return [row for row in traj.stochastic if row < self.trained(traj.steps)]
+        """The rows that are trained: those with noise among the noisiest share. Raises TrainingError without any."""
+        found = [row for row in traj.stochastic if row < self.trained(traj.steps)]
+        if not found:
+            raise TrainingError(
+                f"None of the {traj.steps} steps of a run has noise and is trained, so there is nothing to learn: use "
+                "more steps, or another kernel."
+            )
+        return found
 
     def trained(self, steps: int) -> int:
         """How many of a run's steps are trained."""

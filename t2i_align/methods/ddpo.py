@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from t2i_align.advantage import PromptTracker
+from t2i_align.errors import T2IError
 from t2i_align.methods.base import Rollout, Tools, outside, surrogate
 from t2i_align.methods.pareto import PolicyGradient, PolicyGradientSettings
 from t2i_align.pipelines.kernels import per_dim
@@ -32,6 +33,15 @@ class DDPOSettings(PolicyGradientSettings):
     group: int = Field(1, gt=0, description="images per prompt")
     buffer: int = Field(16, gt=0, description="rewards remembered per prompt")
     min_count: int = Field(16, gt=0, description="rewards of a prompt before its own statistics are used")
+
+    @model_validator(mode="after")
+    def _enough(self) -> DDPOSettings:
+        if self.buffer < self.min_count:
+            raise T2IError(
+                f"Expected a buffer of min_count={self.min_count} rewards at least, or a prompt's own statistics are "
+                f"never used, but got {self.buffer}."
+            )
+        return self
 
 
 class DDPO(PolicyGradient):
@@ -55,7 +65,7 @@ class DDPO(PolicyGradient):
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round and the advantages (B, N) of their steps."""
         data = self.images(ctx, prompts)
-        texts = list(self.labelled(ctx, prompts).repeat(data.group).text)
+        texts = list(self.labelled(ctx, prompts, len(prompts)).repeat(data.group).text)
         total = data.scores.total.cpu()
         advantage = torch.zeros(len(total))
         for rows in data.alike():

@@ -21,11 +21,12 @@ from collections.abc import Collection, Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from t2i_align.advantage import unequal_pairs
+from t2i_align.errors import T2IError
 from t2i_align.methods.base import Rollout, Tools, gather
 from t2i_align.methods.forward import ForwardProcess, ForwardSettings, Noised, finished
 from t2i_align.pipelines.cond import Cond
@@ -52,6 +53,12 @@ class DPOSettings(ForwardSettings):
     sft: float = Field(0.0, ge=0, description="weight of the winners' own error")
     drop_captions: float = Field(0.0, ge=0, lt=1, description="share of rows trained without a prompt; published 0.2")
 
+    @model_validator(mode="after")
+    def _captions_are_read(self) -> DPOSettings:
+        if self.online and self.drop_captions:
+            raise T2IError("Expected no drop_captions with online, where images are drawn and trained by one prompt.")
+        return self
+
 
 class DiffusionDPO(ForwardProcess):
     """Preference optimisation of the denoising error."""
@@ -77,6 +84,10 @@ class DiffusionDPO(ForwardProcess):
                 None if settings.group == 1 else f"method.group: expected 1 for single images but got {settings.group}"
             )
         return "prompts: expected pairs of images: use: pairs with path, or method.online=true to draw and rank them"
+
+    @property
+    def learns_reward(self) -> bool:
+        return self.settings.online
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images, and of all processes (M, 2): winners and losers; of `kto` images and whether they are liked."""

@@ -131,7 +131,7 @@ def finished(x: Tensor, cond: Cond) -> Trajectory:
 
 
 def unguided(driver: Driver) -> dict[str, Any]:
-    """Keywords that turn classifier-free guidance off; a network with guidance built in has none to turn off."""
-    keyword = guidance_keyword(driver.pipe)
+    """Keywords that turn classifier-free guidance (a network with one built in has none to turn off) and PAG off."""
     built_in = bool(getattr(driver.network.config, "guidance_embeds", False))
-    return {} if built_in or keyword not in driver.accepts else {keyword: 1.0}
+    off = {"pag_scale": 0.0} if built_in else {guidance_keyword(driver.pipe): 1.0, "pag_scale": 0.0}
+    return {keyword: value for keyword, value in off.items() if keyword in driver.accepts}

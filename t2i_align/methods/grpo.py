@@ -32,6 +32,7 @@ from t2i_align.trajectory import Trajectory
 class GRPOSettings(PolicyGradientSettings):
     """Settings of GRPO."""
 
+    group: int = Field(16, gt=1, description="images per prompt")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the base, in nats per dimension")
     kl_form: Literal["exact", "published"] = Field("exact", description="`published` leaves out the step length")
     spread: Spread = Field("group", description="standard deviation that advantages are divided by")
@@ -53,12 +54,14 @@ class GRPO(PolicyGradient):
     settings: GRPOSettings
 
     def kernels(self, ctx: Ctx) -> Kernel | list[Kernel]:
-        """With a window the other steps follow the ODE; it moves on by its length from round to round."""
+        """With a window the other steps follow the ODE; it moves on by its length, the last time by what is left."""
         width = self.settings.window
         if width is None:
             return self.kernel
         rows = self.tools.driver.grid(self.settings.steps, **self.tools.call).steps
-        first = (ctx.step // self.updates * width) % max(1, self.trained(rows) - width + 1)
+        trained = min(self.trained(rows), max(1, rows - 1))  # the last step may have no noise
+        places = -(-trained // width)
+        first = min(ctx.step // self.updates % places * width, max(0, trained - width))
         return [self.kernel if first <= row < first + width else ode() for row in range(rows)]
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:

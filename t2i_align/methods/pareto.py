@@ -105,11 +105,12 @@ class PolicyGradient(OnPolicy):
         """Which reward each of a round's prompts serves, (count,)."""
         return (torch.arange(count) + ctx.step // self.updates) % len(self.served)
 
-    def labelled(self, ctx: Ctx, prompts: Prompts) -> Prompts:
-        """A round's prompts with the tokens of the rewards they serve."""
+    def labelled(self, ctx: Ctx, prompts: Prompts, count: int, first: int = 0) -> Prompts:
+        """Some of a round's `count` prompts, from number `first` on, with the tokens of the rewards they serve."""
         if not self.served:
             return prompts
-        pairs = zip(self.serving(ctx, len(prompts)).tolist(), prompts.text, strict=True)
+        serving = self.serving(ctx, count)[first : first + len(prompts)]
+        pairs = zip(serving.tolist(), prompts.text, strict=True)
         return Prompts(tuple(f"{self.token(k)} {text}" for k, text in pairs), prompts.columns)
 
     def as_used(self, prompts: Prompts) -> Prompts:
@@ -136,9 +137,10 @@ class PolicyGradient(OnPolicy):
     def images(self, ctx: Ctx, prompts: Prompts) -> Rollout:
         """Images of the round; with tokens, each one's total is the reward that it serves."""
         mine = ctx.world.share(len(prompts))
-        told = self.labelled(ctx, prompts)[mine]
-        if self.expander is not None:
-            told = self.expander.expand(told, ctx.seed, ctx.step, mine.start)
+        longer = prompts[mine]
+        if self.expander is not None:  # tokens come before what it writes, as in use
+            longer = self.expander.expand(longer, ctx.seed, ctx.step, mine.start)
+        told = self.labelled(ctx, longer, len(prompts), mine.start)
         data = self.rollout(ctx, prompts, told)
         if not self.served:
             return data

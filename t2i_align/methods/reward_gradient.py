@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i_align.errors import T2IError
 from t2i_align.keys import key
-from t2i_align.methods.base import OnPolicy, SamplingSettings, Tools, gather
+from t2i_align.methods.base import DIVERGED, OnPolicy, SamplingSettings, Tools
 from t2i_align.methods.forward import Forward
 from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.kernels import Kernel, load_kernel
@@ -134,6 +134,7 @@ class RewardGradient(OnPolicy):
         """One term per batch of samples and gradient of theirs, then those of the KL and of pre-training."""
         chunks = self.chunks(ctx, len(batch.x))
         images, invalid, seen = self.samples(ctx, chunks), 0.0, []
+        mine = sum(part.stop - part.start for part in chunks)
         for part in chunks:
             made = list(self.latents(ctx, batch, part))
             for make in made:
@@ -146,9 +147,9 @@ class RewardGradient(OnPolicy):
                 invalid += (len(rewards) - len(known)) / len(made)
                 stats: dict[str, Tensor | float] = {"reward": known, "invalid": len(rewards) - len(known)}
                 yield Term((loss + straight - straight.detach()) * share, stats)
-                if invalid > INVALID * images:
+                if invalid > INVALID * mine:
                     raise TrainingError(
-                        f"{invalid:g} of {images:g} images of an update have a reward that is no number: score some by "
+                        f"{invalid:g} of {mine} images of an update have a reward that is no number: score some by "
                         "hand to see why; the last checkpoint is kept."
                     )
             if self.settings.kl:
@@ -156,8 +157,9 @@ class RewardGradient(OnPolicy):
                 yield Term(self.settings.kl * nats.sum() / images, {"kl": nats})
             if self.settings.pretrain:
                 yield Term(self.pretraining(ctx, batch, part) / images, {})
-        if isinstance(self.tools.reward, Limited):
-            self.tools.reward.update(gather(ctx, joined(seen)))
+        if isinstance(self.tools.reward, Limited):  # a process may have no batch of this update, or fewer
+            every = [scores for scores in ctx.world.collect(joined(seen) if seen else None) if scores is not None]
+            self.tools.reward.update(joined(every))
 
     def latents(self, ctx: Ctx, batch: Starts, part: slice) -> Iterator[Make]:
         """Functions that make the latents (B, ...) to be decoded, with their graph; each is called once."""
@@ -171,6 +173,8 @@ class RewardGradient(OnPolicy):
         with torch.autocast(latents.device.type, enabled=False):
             free = s.straight_through and bool(found)
             images = driver.decode(latents, s.batch_size, straight_through=free, checkpointing=s.checkpointing)
+            if not images.isfinite().all():
+                raise TrainingError(DIVERGED)
             pixels = images.detach().float().requires_grad_()
             scores: Scores = self.again(lambda seen: self.tools.reward.scores(seen, prompts), pixels)
             rewards = scores.total
@@ -230,10 +234,10 @@ class RewardGradient(OnPolicy):
 
 
 def joined(scores: Sequence[Scores]) -> Scores:
-    """Scores of several batches as those of one, without their graph."""
-    stds = [each.std.detach() for each in scores if each.std is not None]
-    parts = {name: torch.cat([each.parts[name].detach() for each in scores]) for name in scores[0].parts}
-    return Scores(torch.cat([each.total.detach() for each in scores]), parts, torch.cat(stds) if stds else None)
+    """Scores of several batches as those of one, without their graph, on the CPU."""
+    stds = [each.std.detach().cpu() for each in scores if each.std is not None]
+    parts = {name: torch.cat([each.parts[name].detach().cpu() for each in scores]) for name in scores[0].parts}
+    return Scores(torch.cat([each.total.detach().cpu() for each in scores]), parts, torch.cat(stds) if stds else None)
 
 
 def shaped(rewards: Tensor, loss: str, goal: float) -> Tensor:

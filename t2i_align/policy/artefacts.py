@@ -26,6 +26,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from t2i_align.pipelines.catalog import CARD, call_defaults, card_of
 from t2i_align.policy.card import card
 from t2i_align.policy.lora import Layers, lora_config
 from t2i_align.policy.path import PolicyError
@@ -113,8 +114,13 @@ def write_lora(
 
 
 def write_full(folder: Path, pipe: DiffusionPipeline, note: dict[str, Any]) -> None:
-    """Write the whole pipeline with the weights that its network has now."""
+    """Write the whole pipeline with the weights that its network has now, and how it is called, as the base is."""
     pipe.save_pretrained(folder)
+    known = {name: value for name, value in card_of(pipe).items() if name == "prompts"}
+    if defaults := call_defaults(pipe):
+        known["defaults"] = defaults
+    if known:
+        (folder / CARD).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     write_note(folder, pipe, note)
 
 

@@ -25,7 +25,7 @@ from t2i_align.scorer_training.data import Examples, Pictures, bootstrap, check,
 from t2i_align.scorer_training.heldout import HeldOut, gain, measure
 from t2i_align.scorer_training.method import ScorerTraining
 from t2i_align.scorer_training.model import Model, make_head, parameters_of
-from t2i_align.training.checkpoints import BEST, State
+from t2i_align.training.checkpoints import BEST, FREE, State
 from t2i_align.training.loop import fit
 from t2i_align.training.method import Ctx
 
@@ -96,7 +96,7 @@ def train_scorer(
     """
     config = load_scorer_run(config, as_words(overrides))
     stored = config.model_copy(update={"out": None})  # a run folder may move
-    folder = open_folder(config.folder, stored, resume=resume, overwrite=overwrite)
+    folder = open_folder(config.folder, stored, resume=resume, overwrite=overwrite, free={"train": FREE})
     parts = make_parts(config, folder)
     watchers, spent = [], 0.0
     for member in range(config.ensemble.members):

@@ -12,6 +12,7 @@ from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
 from t2i_align.playground.grammar import KINDS, Kind
 from t2i_align.rewards import check_reward, scorer_class
+from t2i_align.runs import CONFIG, ENVIRONMENT
 
 TRAINED = "reward"  # the trained reward's name among those of an evaluation
 
@@ -21,7 +22,9 @@ class ModelBlock(Settings):
 
     use: str = Field("tiny-sd", description="alias, hub id or folder of a pipeline")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one")
-    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the frozen weights; null: what suits")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="of the frozen weights; null: what suits, fp32 where all weights are trained"
+    )
     variant: str | None = Field(None, description="of the weight files")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     vae: str | None = Field(None, description="folder or hub id of another autoencoder")
@@ -55,11 +58,13 @@ class PolicyBlock(Settings):
     def _fits(self) -> PolicyBlock:
         given = [name for name in ("rank", "alpha", "targets", "start") if getattr(self, name) is not None]
         if self.use == "full" and given:
-            raise T2IError(f"Expected no {', '.join(given)} where all weights are trained: leave them out.")
+            unset = " ".join(f"policy.{name}=null" for name in given)
+            raise T2IError(f"Expected no {', '.join(given)} where all weights are trained: leave them out, or {unset}.")
         if self.use == "lora" and self.shard:
             raise T2IError("Expected use: full with shard, since a LoRA is small enough to be whole in every process.")
         if self.start is not None and len(given) > 1:
-            raise T2IError("Expected rank, alpha and targets from start but they were given too: leave them out.")
+            unset = " ".join(f"policy.{name}=null" for name in given if name != "start")
+            raise T2IError(f"Expected rank, alpha and targets from start but they were given too: {unset}.")
         return self
 
 
@@ -197,12 +202,17 @@ class RunConfig(Settings):
 def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
     """The config of a run from a YAML file or a mapping, with `a.b=value` words over it.
 
+    The `config.yaml` of a run means that run: `out` is its folder, unless it is given.
+
     Raises:
         ConfigError: everything that is wrong with it, found without loading any weight; see `checks.problems`.
     """
     from t2i_align.training.checks import problems
 
     config = _filled_in(load_config(RunConfig, source, overrides))
+    if config.out is None and isinstance(source, (str, Path)) and Path(source).name == CONFIG:
+        home = Path(source).parent
+        config = config.model_copy(update={"out": str(home) if (home / ENVIRONMENT).is_file() else None})
     found = problems(config)
     if found:
         origin = f" in {source}" if isinstance(source, (str, Path)) else ""

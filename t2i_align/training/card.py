@@ -9,7 +9,7 @@ from t2i_align.runs import write_text
 
 if TYPE_CHECKING:
     from t2i_align.policy import Policy
-    from t2i_align.training.blocks import RunConfig, StopBlock
+    from t2i_align.training.blocks import StopBlock
     from t2i_align.training.checkpoints import State
     from t2i_align.training.honest import Honest
 
@@ -28,8 +28,8 @@ tags:
 
 ## Scores before and after
 
-{prompts} held-out prompts, {each} images each, the same noise before and after; means over prompts with 95 % intervals.
-{trained}
+Held-out prompts: {prompts}; images of each: {each}, drawn with {call}, the same noise before and after. Means over
+prompts with 95 % intervals. {trained}
 
 {table}
 
@@ -46,6 +46,7 @@ tags:
 {usage}
 `config.yaml` has all settings, `evaluations.jsonl` every score, `environment.json` the versions.
 """
+NOT_TRAINED = "None of these was trained on."
 
 
 def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept: dict[str, Any]) -> None:
@@ -68,13 +69,14 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         method=config.method["use"],
         base=config.model.use,
         what=f"A LoRA of the {policy.component}" if lora else f"The {policy.component}",
-        aim=aim(config),
-        trained="Only the first scorer was trained on." if learns_reward(config) else "None of these was trained on.",
+        aim=aim(watcher),
+        trained="Only the first scorer was trained on." if watcher.method.learns_reward else NOT_TRAINED,
         steps=state.step,
         images=state.step // watcher.method.updates * per_round,
-        kept=how + averaged,
+        kept=how + averaged + f" {watcher.note(state.step)}".rstrip(),
         prompts=len(watcher.prompts),
         each=config.evaluate.images,
+        call=", ".join(f"`{name}={value!r}`" for name, value in watcher.call.items()) or "the pipeline's own settings",
         table=score_table(watcher, kept),
         measures=measure_table(watcher.rows[0], kept),
         step=kept["step"],
@@ -89,16 +91,12 @@ def chosen(stop: StopBlock | None) -> str:
     return "the last within the budget" if stop is None else f"the best by `{stop.watch}`"
 
 
-def learns_reward(config: RunConfig) -> bool:
-    """Whether the reward is what a run trains on, not preferences that were given."""
-    return config.reward is not None and config.prompts.use != "pairs"
-
-
-def aim(config: RunConfig) -> str:
+def aim(watcher: Honest) -> str:
     """What a run learnt, for a sentence."""
-    if config.reward is None:
+    config = watcher.config
+    if config.choices is not None:
         return f"trained on a person's choices in `{config.choices}`"
-    if not learns_reward(config):
+    if config.reward is None or not watcher.method.learns_reward:
         return "trained on given preferences"
     return f"trained to raise `{config.reward if isinstance(config.reward, str) else ', '.join(config.reward)}`"
 

@@ -42,7 +42,9 @@ class State:
             raise TrainingError(f"{type(method).__name__} has no parameter that requires gradients: nothing to train.")
         self.optimizer = make_optimizer(self.weights, config)
         place = next(iter(self.weights.values())).device.type
-        self.scaler = torch.amp.GradScaler(place, enabled=config.precision == "fp16")
+        # Gradients of means over many numbers are too small for fp16, also where only the frozen weights are in it.
+        half = config.precision == "fp16" or any(p.dtype == torch.float16 for p in method.parameters())
+        self.scaler = torch.amp.GradScaler(place, enabled=half)
         self.average: dict[str, Tensor] | None = None
         if config.ema:
             self.average = {name: p.detach().clone() for name, p in self.weights.items()}
@@ -208,7 +210,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         why = " ".join(str(error).split())
         raise TrainingError(
-            f"The checkpoint {path} cannot be read ({why:.200}); delete it to use an older one."
+            f"The checkpoint {path} cannot be read ({why:.200}); delete it to go on from an older one, if any, "
+            "or from the start."
         ) from error
     return content
 

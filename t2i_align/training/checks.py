@@ -12,6 +12,7 @@ from typing import Any
 from t2i_align.errors import T2IError
 from t2i_align.methods import METHODS, method_class, read_method
 from t2i_align.methods.pareto import PolicyGradientSettings
+from t2i_align.pipelines.kernels import load_kernel
 from t2i_align.rewards import Scorer, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
 from t2i_align.rewards.gradients import differentiable, without_gradient
@@ -42,6 +43,11 @@ def _model(config: RunConfig) -> Iterator[str]:
     download = check_pipeline(config.model.use, config.model.revision)
     if config.policy.start is not None and not Path(config.policy.start).exists():
         yield f"policy.start: no such file or folder: {config.policy.start}"
+    if config.policy.use == "full" and config.model.dtype not in (None, "fp32"):
+        yield (
+            f"model.dtype: expected fp32 with policy.use: full, whose updates are lost in the rounding of "
+            f"{config.model.dtype}; train.precision=bf16 computes in half precision all the same"
+        )
     if download is None and config.policy.use == "lora" and config.policy.targets is not None:
         _find_targets(config)
 
@@ -89,6 +95,11 @@ def _method(config: RunConfig, columns: Collection[str]) -> Iterator[str]:
         yield (
             f"reward: expected a differentiable one for {config.method['use']} but {', '.join(blind)} "
             f"{'is' if len(blind) == 1 else 'are'} not: use {', '.join(differentiable())}, or another method"
+        )
+    if settings.kernel is not None and not load_kernel(settings.kernel).stochastic and not found.needs_gradient:
+        yield (
+            f"method.kernel: expected a stochastic kernel such as ddim(1.0) but got {settings.kernel}, whose steps "
+            "have no log-prob"
         )
     said = found.refuse(settings, columns)
     if said is not None:
@@ -142,12 +153,14 @@ def _choices(config: RunConfig) -> Iterator[str]:
 
 
 def _pareto(config: RunConfig) -> Iterator[str]:
-    """Selection among rewards that are one, and a language model that cannot be had."""
+    """What needs several rewards and has one, and a language model that cannot be had."""
     _, s = read_method(config.method)
-    if isinstance(s, PolicyGradientSettings) and s.select == "pareto" and config.reward is not None:
+    several = {"select": "pareto", "combine": "gdpo"}
+    asked = [f"method.{name}: {value}" for name, value in several.items() if getattr(s, name, None) == value]
+    if asked and config.reward is not None:
         node = check_reward(config.reward)
         if not isinstance(node, Sum) or len(node.terms) < 2:
-            yield "reward: expected a sum of two rewards or more, such as 'a + b', with method.select: pareto"
+            yield f"reward: expected a sum of two rewards or more, such as 'a + b', with {' and '.join(asked)}"
     if isinstance(s, PolicyGradientSettings) and s.expand is not None:
         from transformers import AutoConfig
 

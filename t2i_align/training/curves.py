@@ -32,6 +32,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], scorers: Sequence[str], path: Pa
         axes.plot(steps, values, ".-", color=BLUE)
         title = TITLES.get(name, name)
         axes.set_title(title if name in TITLES or name in extra else f"watched: {title}", fontsize=8)
+        axes.set_xlabel("updates", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(names) :]:

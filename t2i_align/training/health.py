@@ -33,6 +33,12 @@ class Health:
             if name not in stats:
                 continue
             values = torch.as_tensor(stats[name]).detach().float()
+            if not values.isfinite().all():
+                raise TrainingError(
+                    f"The {name} of the policy to the one that drew the images is no number before the first update on "
+                    "them, so latents are not finite: use precision=bf16 or fp32 where it was fp16, or a lower "
+                    "learning rate; the last checkpoint is kept."
+                )
             off = float((values - right).abs().max()) if values.numel() else 0.0
             if not off <= RATIO:
                 raise TrainingError(

@@ -22,7 +22,7 @@ from t2i_align.rewards.features import Extract, extract_features
 from t2i_align.rewards.sets import vendi
 from t2i_align.runs import append_jsonl, read_jsonl
 from t2i_align.training.blocks import TRAINED, BudgetBlock, RunConfig
-from t2i_align.training.checkpoints import BEST, State
+from t2i_align.training.checkpoints import BEST, State, write_checkpoint
 from t2i_align.training.curves import plot_curves
 from t2i_align.training.distributed import World
 from t2i_align.training.loop import Observer
@@ -112,6 +112,20 @@ class Honest(Observer):
             return False
         return len(self.rows) - 1 - self.rows.index(best) >= stop.patience
 
+    def note(self, step: int) -> str:
+        """Why a run has ended at a step before its last, and whether it has kept the weights it began with."""
+        e, best, said = self.config.evaluate, self.best, ""
+        if step < self.config.train.steps:
+            why = "its time is up; --resume goes on"
+            if any(not self.within(row) for row in self.rows):
+                why = f"the policy is further from the base than evaluate.budget allows ({e.budget})"
+            elif self.stopped and e.stop is not None:
+                why = f"`{e.stop.watch}` has not risen for {e.stop.patience} evaluations (evaluate.stop)"
+            said = f"stopped at update {step} of {self.config.train.steps}: {why}. "
+        if best is not None and best["step"] == 0 and step:
+            said += "No later evaluation was better than the first, so the weights are those that the run began with. "
+        return said.strip()
+
     def comparisons(self, row: dict[str, Any]) -> dict[str, Comparison]:
         """An evaluation against that of step 0, by scorer."""
         scores = [{name: torch.tensor(values) for name, values in r["scores"].items()} for r in (self.rows[0], row)]
@@ -147,6 +161,7 @@ class Honest(Observer):
         row["seconds"] = round(time.perf_counter() - started, 2)
         self._keep_pictures(images, state.step, is_base)
         if self._best_of([*self.rows, row]) is row:
+            write_checkpoint(self.folder, state, self.world.first)  # a run must not resume from before its best weights
             state.save(self.folder / "checkpoints" / BEST, self.world.first)
         if not self.world.first:
             return row

@@ -193,7 +193,8 @@ def _collect(method: Method, data: Callable[[int], Any], ctx: Ctx, config: Train
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     """The number type of the networks; log-probs, losses and weights stay fp32."""
     number = AUTOCAST[config.precision]
-    return torch.autocast(device.type, number, enabled=number is not None)
+    # Without a cache: weights that were cast without gradients first would have none later in the same block.
+    return torch.autocast(device.type, number, enabled=number is not None, cache_enabled=False)
 
 
 def _update(

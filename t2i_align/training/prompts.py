@@ -15,7 +15,7 @@ from t2i_align.errors import T2IError
 from t2i_align.keys import generator
 from t2i_align.playground.grammar import KINDS
 from t2i_align.playground.world import sample_scene
-from t2i_align.prompts import Prompts, read_prompts
+from t2i_align.prompts import Prompts, read_prompt_file
 
 if TYPE_CHECKING:
     from t2i_align.training.blocks import PromptsBlock, RunConfig, Source
@@ -71,7 +71,10 @@ def make_pool(block: Source | PromptsBlock) -> Pool:
 
 def _large_enough(pool: Pool, per_round: int) -> Pool:
     if per_round > len(pool.prompts):
-        raise T2IError(f"Expected at least the {per_round} prompts of a round but got {len(pool.prompts)}.")
+        raise T2IError(
+            f"Expected at least the {per_round} prompts or pairs of a round but got {len(pool.prompts)}: add some, or "
+            f"lower prompts.per_round."
+        )
     return pool
 
 
@@ -80,7 +83,7 @@ def read_source(source: Source) -> Prompts:
     if source.use == "pairs":
         return read_pairs(source)
     if source.path is not None:
-        return read_prompts(source.path)
+        return read_prompt_file(source.path)
     found: dict[str, str] = {}
     for index in count():
         if len(found) == source.size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from t2i_align.methods import read_method
 from t2i_align.methods.base import OnPolicy, Tools
 from t2i_align.pipelines import call_keywords, check_call, load_pipeline
 from t2i_align.pipelines.driver import Driver
-from t2i_align.policy import Policy
+from t2i_align.policy import Policy, PolicyError
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.rewards.features import load_features
@@ -24,7 +25,7 @@ from t2i_align.runs import open_folder
 from t2i_align.scorer_training.blocks import ScorerRun, is_scorer_run
 from t2i_align.training.blocks import PolicyBlock, RunConfig, load_run
 from t2i_align.training.card import write_card
-from t2i_align.training.checkpoints import BEST, State
+from t2i_align.training.checkpoints import BEST, FREE, State, checkpoints
 from t2i_align.training.distributed import World
 from t2i_align.training.honest import Honest, Judges
 from t2i_align.training.loop import fit
@@ -38,7 +39,8 @@ LORA, MODEL = "lora", "model"  # folders of the result
 
 
 class Trained(NamedTuple):
-    """A finished or paused run: its folder, updates made, the evaluation of the weights that were kept.
+    """A finished or paused run: its folder, updates made, the evaluation of the weights that were kept, and a sentence
+    on why it ended before its last update or kept the weights it began with; "" where it did neither.
 
     Of a scorer's training: what was measured, by scorer; nothing while it is paused.
     """
@@ -46,6 +48,7 @@ class Trained(NamedTuple):
     folder: Path
     step: int
     kept: dict[str, Any]
+    note: str = ""
 
     @property
     def weights(self) -> Path:
@@ -99,8 +102,14 @@ def train(
     config = read_config(config, overrides)
     world = World.join()
     parts = make_parts(config, world, pipeline)
+    if resume and world.first and not checkpoints(config.folder):
+        print(f"note: {config.folder} has no checkpoint to resume from; the run starts", file=sys.stderr)
     stored = config.model_copy(update={"out": None})  # a run folder may move
-    folder: Path = world.once(lambda: open_folder(config.folder, stored, resume=resume, overwrite=overwrite))
+
+    def opened() -> Path:
+        return open_folder(config.folder, stored, resume=resume, overwrite=overwrite, free={"train": FREE})
+
+    folder = world.once(opened)
     trackers = Trackers(config, folder if world.first else None)
     watcher = Honest(config, folder, parts.held_out, parts.method, parts.judges, parts.call, trackers, world)
     seed, per_round = config.train.seed, config.prompts.per_round
@@ -120,7 +129,7 @@ def train(
         trackers.close()
     kept = watcher.best or watcher.rows[-1]
     world.once(lambda: write_result(parts, state, watcher, kept), state.sharded)
-    return Trained(folder, state.step, kept)
+    return Trained(folder, state.step, kept, watcher.note(state.step))
 
 
 def read_config(config: Any, overrides: Mapping[str, Any]) -> RunConfig:
@@ -149,7 +158,10 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     check_prompts(list(judges.scorers.values()), held_out)
     model, e = config.model, config.evaluate
     layout = device.type == "cpu" and config.policy.use == "lora"
-    pipe = pipeline or load_pipeline(model.use, device=device, channels_last=layout, **model.options())
+    options = model.options()
+    if config.policy.use == "full":  # steps of the optimiser would be lost in the rounding of half precision
+        options["dtype"] = "fp32"
+    pipe = pipeline or load_pipeline(model.use, device=device, channels_last=layout, **options)
     call = call_keywords(pipeline or model.use, None, model.guidance, **model.call)
     call.pop("num_inference_steps", None)  # the method's own
     evaluation_call = call_keywords(pipeline or model.use, e.steps, e.guidance, **model.call)
@@ -173,9 +185,16 @@ def make_judges(config: RunConfig, device: torch.device) -> Judges:
 
 
 def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int) -> Policy:
-    """The trained weights in the pipeline."""
+    """The trained weights in the pipeline. Raises PolicyError for all weights of a network in half precision."""
     if block.use == "full":
-        return Policy.full(pipe, block.component, block.gradient_checkpointing, block.shard)
+        made = Policy.full(pipe, block.component, block.gradient_checkpointing, block.shard)
+        half = sorted({str(p.dtype) for p in made.trainable() if p.dtype in (torch.float16, torch.bfloat16)})
+        if half:
+            raise PolicyError(
+                f"Expected a {made.component} in fp32, since steps of the optimiser are lost in the rounding of "
+                f"{', '.join(half)}: load it with dtype=fp32; train.precision computes in half precision all the same."
+            )
+        return made
     return Policy.lora(
         pipe,
         block.rank,

@@ -200,8 +200,9 @@ class PlugIn(Critic):
         if row < driver.grid(steps, **call).steps:
             with self.source.reference():
                 x = driver.step(x, row, cond, steps, **call).x0
-        images = driver.decode(x, straight_through=x.requires_grad and "image_processor" in vars(driver.pipe))
-        return (self.reward.scores(images, cond.prompts).total - self.mean) / (self.std or 1.0)
+        with torch.autocast(x.device.type, enabled=False):  # as reward gradients do
+            images = driver.decode(x, straight_through=x.requires_grad and "image_processor" in vars(driver.pipe))
+            return (self.reward.scores(images, cond.prompts).total - self.mean) / (self.std or 1.0)
 
 
 def make_critic(block: ValueBlock, source: Source, reward: Scorer, batch_size: int) -> Critic:
