@@ -251,7 +251,7 @@ def test_two_rounds_by_the_command_line(rounds, cli, monkeypatch):
         ({"model.call": {}}, "guidance_scale: round0 was drawn with 2.0, but here it is None"),
         ({"model.use": "tiny-sd"}, "model.use: round0 was drawn with"),
         ({"prompts.size": 9}, "expected per_round alone, since the prompts are those of round0"),
-        ({"prompts.per_round": 4}, "at least the 4 prompts of a round but got 3"),
+        ({"prompts.per_round": 4}, "at least the 4 prompts or pairs of a round but got 3"),
         ({"reward": "tests.test_run:Red"}, "Expected a reward, or method.choices"),
         ({"method.choices": None}, "Expected a reward, or method.choices"),
         ({"evaluate.stop": {"watch": "reward"}}, "expected one of tests.test_run:Red but got 'reward'"),

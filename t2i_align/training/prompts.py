@@ -73,7 +73,7 @@ def _large_enough(pool: Pool, per_round: int) -> Pool:
     if per_round > len(pool.prompts):
         raise T2IError(
             f"Expected at least the {per_round} prompts or pairs of a round but got {len(pool.prompts)}: add some, or "
-            f"lower prompts.per_round."
+            "lower prompts.per_round."
         )
     return pool
 
