@@ -61,10 +61,11 @@ def open_folder(
         if before is None:
             raise FolderError(f"{folder} was not written by this command, so it is neither resumed nor replaced.")
         if resume:
-            changed = [n for n in type(config).model_fields if n not in (free or {})]
-            changed = [text for n in changed for text in _changes(n, getattr(before, n), getattr(config, n))]
-            for n, names in (free or {}).items():
-                changed += _changes(n, getattr(before, n), getattr(config, n), names)
+            changed = [
+                text
+                for name in type(config).model_fields
+                for text in _changes(name, getattr(before, name), getattr(config, name), (free or {}).get(name, ()))
+            ]
             if changed:
                 raise FolderError(
                     f"{folder} was made with other settings ({', '.join(changed)}): repeat them to resume, or choose "

@@ -34,7 +34,7 @@ DIVERGED = (
 class SamplingSettings(Settings):
     """How an on-policy method draws its images and goes through them."""
 
-    group: int = Field(16, gt=0, description="images per prompt")
+    group: int = Field(16, gt=1, description="images per prompt")
     steps: int = Field(10, gt=0, description="denoising steps of training images")
     kernel: str | None = Field(None, description="reverse steps; null: ddim(1.0), on flow models flow_sde(0.7)")
     shared_start: bool = Field(False, description="all images of a prompt start from one noise")
@@ -259,11 +259,13 @@ class OnPolicy(Method):
         small = torch.is_autocast_enabled(place) and torch.get_autocast_dtype(place) == torch.float16
         with torch.autocast(place, enabled=False) if small else nullcontext():
             images = self.tools.driver.decode(latents, self.settings.batch_size)
-        known = images.isfinite().flatten(1).all(1)
+        images, known = images.float(), images.isfinite().flatten(1).all(1)
         if not known.any():
             raise TrainingError(DIVERGED)
+        if not known.all():
+            images = images.where(known[:, None, None, None], 0.0)
         with torch.autocast(place, enabled=False):
-            scores = self.tools.reward.scores(images.float().where(known[:, None, None, None], 0.0), prompts)
+            scores = self.tools.reward.scores(images, prompts)
         return scores._replace(total=scores.total.where(known, torch.nan))
 
     def check_std(self, scores: Scores) -> None:

@@ -32,7 +32,6 @@ from t2i_align.trajectory import Trajectory
 class GRPOSettings(PolicyGradientSettings):
     """Settings of GRPO."""
 
-    group: int = Field(16, gt=1, description="images per prompt")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the base, in nats per dimension")
     kl_form: Literal["exact", "published"] = Field("exact", description="`published` leaves out the step length")
     spread: Spread = Field("group", description="standard deviation that advantages are divided by")

@@ -34,7 +34,6 @@ FLOOR = 1e-5  # of the adaptive weight's denominator
 class NFTSettings(ForwardSettings):
     """Settings of DiffusionNFT."""
 
-    group: int = Field(16, gt=1, description="images per prompt")
     b: float = Field(1.0, gt=0, description="how far v+ and v- reach; smaller ones pull less back to the old policy")
     adaptive: bool = Field(True, description="weigh errors of x0 by their own size, instead of errors of the output")
     kl: float = Field(1e-4, ge=0, description="weight of the squared distance to the base's output")

@@ -29,7 +29,6 @@ from t2i_align.training import Ctx, Term
 class PRDPSettings(SamplingSettings):
     """Settings of PRDP."""
 
-    group: int = Field(16, gt=1, description="images per prompt")
     beta: float = Field(3e-5, gt=0, description="KL weight of the objective, on per-dimension log-ratios")
     eps: float = Field(
         1e-4, gt=0, description="proximal clip of per-step, per-dimension log-ratios around the old ones"

@@ -28,7 +28,6 @@ from t2i_align.training import Ctx, Term
 class RWRSettings(ForwardSettings):
     """Settings of reward-weighted regression."""
 
-    group: int = Field(16, gt=1, description="images per prompt")
     beta: float = Field(1.0, gt=0, description="temperature of the weights, in the unit of the reward")
     select: Literal["weights", "best"] = Field("weights", description="weigh all images, or train on the best alone")
     best: int = Field(1, gt=0, description="images of a prompt that `select: best` trains on")
