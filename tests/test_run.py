@@ -110,6 +110,7 @@ def rows(folder, name="metrics"):
 def test_a_run_leaves_everything_in_its_folder(here):
     done = run()
     assert done.step == 6
+    assert done.weights == Path("run/model")  # all weights; a LoRA would be in lora/
     names = {path.relative_to("run").as_posix() for path in Path("run").rglob("*") if path.is_file()}
     wanted = {"config.yaml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "curves.png", "README.md"}
     assert wanted | {f"samples/step-{step:06d}.png" for step in (0, 2, 4, 6)} <= names

@@ -18,14 +18,12 @@ IMAGES = 10_240  # drawn by a run, unless the reward says otherwise
 # The rewards by the names that cells have: the expression that is trained on, and the images of a run.
 REWARDS: dict[str, tuple[str, int | None]] = {
     "gold": (GOLD, None),
-    "gold-200": (GOLD, 40_960),
     "pick": ("tiny_pick", None),
     "jpeg": ("jpeg_compressibility", 3_000),
     "gold-jpeg": (f"{GOLD} + 0.5 * jpeg_compressibility", 5_120),  # each counts about its own spread within a prompt
     "clip": ("tiny_clip", 5_120),
 }
 
-ON_JUDGED = ("gold-200",)  # whose runs come back to the prompts that cells are judged on, where others see theirs once
 LOOKS = 6  # evaluations of a run after its start
 MORE_LOOKS = {"clip": 24}  # where images to a given gain are read off them
 PAIRS, PASSES = 2_000, 4  # of methods that learn from given pairs: how many, and how often they see each
@@ -87,7 +85,7 @@ BY_STEP: dict[str, dict[str, Any]] = {  # what else policy gradients have
 BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
     (method, reward): SLOW | BY_STEP.get(method, {})
     for method in ("ddpo", "grpo", "d3po", "prdp", "nft", "vard")
-    for reward in ("gold", "gold-200", "pick", "gold-jpeg")
+    for reward in ("gold", "pick", "gold-jpeg")
 }
 
 

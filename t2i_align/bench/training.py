@@ -27,7 +27,6 @@ from t2i_align.bench.recipes import (
     LOOKS,
     MORE_LOOKS,
     OFFLINE,
-    ON_JUDGED,
     PAIRS,
     PASSES,
     REWARDS,
@@ -59,7 +58,6 @@ PIPELINE = "tiny-sd"
 JUDGES = {"gold": GOLD, "pick": "tiny_pick", "jpeg": "jpeg_compressibility", "clip": "tiny_clip"}
 PROMPT_SEEDS: dict[Split, int] = {"train": 41_000, "heldout": 42_000}
 COUNTS: dict[Split, int] = {"train": 240, "heldout": 48}  # captions of counts that there are
-JUDGED_FILE = "judged.txt"  # in the folder of the runs
 EACH = 2  # images per prompt
 BATCH = 64
 NOISE_SEED = 43_000
@@ -111,7 +109,7 @@ class Cell:
         return f"pairs.{self.reward}.s{self.seed}.{self.images}"
 
     def config(self, out: Path) -> RunConfig:
-        """The config of its run in the folder `out`; pairs, or the prompts that cells are judged on, lie beside it.
+        """The config of its run in the folder `out`; pairs lie beside it.
 
         Raises:
             ConfigError: settings that do not fit together.
@@ -128,9 +126,6 @@ class Cell:
         } | blocks.get("evaluate", {})
         if self.offline:
             blocks["prompts"] |= {"use": "pairs", "path": str(out.parent / self.pairs / PAIRS_FILE)}
-        if self.reward in ON_JUDGED:
-            per_round = blocks["prompts"]["per_round"]
-            blocks["prompts"] = {"use": "file", "path": str(out.parent / JUDGED_FILE), "per_round": per_round}
         blocks["log"] = {"tensorboard": False}
         asked = load_config(RunConfig, blocks, self.words)  # to see the size of a round
         s = read_method(asked.method)[1]
@@ -155,7 +150,6 @@ def cells(images: int = IMAGES, seeds: int = 3) -> list[Cell]:
 
     made = on("jpeg", ("grpo", "ddpo", "d3po", "prdp"), count=1)
     made += on("gold", ("grpo", "ddpo", "d3po", "prdp"))
-    made += on("gold-200", ("grpo",), count=1)
     made += on("pick", ("grpo", "prdp"))
     made += on("gold-jpeg", ("grpo",))
     made += on("gold-jpeg", ("grpo",), variant="grpo-pareto", settings={"select": "pareto"})
@@ -227,9 +221,6 @@ class Bench:
             return self._known(path, cell)
         if cell.offline and not self._pairs(cell):
             return None
-        if cell.reward in ON_JUDGED:
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_text(self.work / JUDGED_FILE, "\n".join(self.prompts_of("train").text) + "\n")
         config = cell.config(self.work / cell.name)
         done = self._train(config)
         missing = 1 if (self.out / "base.json").is_file() else 2  # evaluations

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from t2i_align.bench.efficiency import need_findings, need_rows
 from t2i_align.bench.pages import Picture, Shown, fill_in
-from t2i_align.bench.recipes import OFFLINE, ON_JUDGED, REWARDS
+from t2i_align.bench.recipes import OFFLINE, REWARDS
 from t2i_align.bench.steering_report import Estimate, estimate
 from t2i_align.bench.training import EACH, SAMPLERS, WORST
 from t2i_align.report import write_report
@@ -162,14 +162,14 @@ def _compressed(lines: Sequence[Line], base: Result) -> Iterator[str]:
 
 
 def _gold(lines: Sequence[Line], base: Result) -> Iterator[str]:
-    mine = [line for line in lines if line.reward in ("gold", *ON_JUDGED)]
+    mine = [line for line in lines if line.reward == "gold"]
     for line in mine:
         own, short = (line.gain(base, "gold", sampler=sampler) for sampler in HOW)
         held_out = line.gain(base, "gold", "heldout")
         falls = "falls" if held_out.sure and held_out.mean < 0 else "does not measurably fall"
         yield (
-            f"{line.label} on {line.reward}: train-split gold {signed(own)} ({_above(own)}), as training draws its "
-            f"images {signed(short)} ({_above(short)}); held-out gold {signed(held_out)} ({falls})."
+            f"{line.label} on gold: train-split gold {signed(own)} ({_above(own)}), as training draws its images "
+            f"{signed(short)} ({_above(short)}); held-out gold {signed(held_out)} ({falls})."
         )
     for sampler, how in HOW.items() if mine else ():
         found = [(line.gain(base, "gold", sampler=sampler), line) for line in mine]
@@ -177,9 +177,8 @@ def _gold(lines: Sequence[Line], base: Result) -> Iterator[str]:
         minutes = best.mean("seconds") / 60
         reached = gain.mean >= GAIN and minutes <= WITHIN
         yield (
-            f"The largest gain {how} is that of {best.label} on {best.reward}, {signed(gain)} in {minutes:.0f} "
-            f"minutes of training: the floor of {GAIN:.2f} within {WITHIN:.0f} minutes is "
-            f"{'reached' if reached else 'not reached'}."
+            f"The largest gain {how} is {best.label}'s, {signed(gain)} in {minutes:.0f} minutes of training: the floor "
+            f"of {GAIN:.2f} within {WITHIN:.0f} minutes is {'reached' if reached else 'not reached'}."
         )
 
 
