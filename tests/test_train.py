@@ -386,7 +386,7 @@ def test_a_killed_process_resumes_bit_identically(tmp_path):
     assert [row["step"] for row in logged(tmp_path / "killed")] == list(range(4, 151, 4))
 
 
-def test_ctrl_c_waits_for_the_update_and_leaves_a_checkpoint(tmp_path):
+def test_ctrl_c_waits_for_the_update_and_leaves_a_checkpoint(tmp_path, capsys):
     def data(step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
@@ -397,6 +397,7 @@ def test_ctrl_c_waits_for_the_update_and_leaves_a_checkpoint(tmp_path):
         fit(Regression(), data, settings(), tmp_path / "a")
     assert signal.getsignal(signal.SIGINT) is before
     assert checkpoints(tmp_path / "a") == ["step-00000004.pt"]
+    assert "stopped at update 4 of 20; --resume goes on" in capsys.readouterr().err
     resumed, unbroken = Regression(), Regression()
     states = [
         fit(resumed, rows, settings(), tmp_path / "a", resume=True),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -96,6 +97,8 @@ def fit(
                     world.once(lambda: write_checkpoint(folder, state, world.first), state.sharded)
                     saved = state.step
                 if interrupted:
+                    if world.first:
+                        print(f"stopped at update {state.step} of {config.steps}; --resume goes on", file=sys.stderr)
                     raise KeyboardInterrupt
                 if observer.look(state) or late or state.step >= config.steps:
                     break
