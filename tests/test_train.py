@@ -397,7 +397,7 @@ def test_ctrl_c_waits_for_the_update_and_leaves_a_checkpoint(tmp_path, capsys):
         fit(Regression(), data, settings(), tmp_path / "a")
     assert signal.getsignal(signal.SIGINT) is before
     assert checkpoints(tmp_path / "a") == ["step-00000004.pt"]
-    assert "stopped at update 4 of 20; --resume goes on" in capsys.readouterr().err
+    assert "stopped at update 4 of 40; --resume goes on" in capsys.readouterr().err
     resumed, unbroken = Regression(), Regression()
     states = [
         fit(resumed, rows, settings(), tmp_path / "a", resume=True),
