@@ -216,12 +216,12 @@ def test_the_config_of_a_run_means_that_run(here, cli, capsys):
 
 def test_a_run_says_why_it_ended(here):
     paused = run("paused", minutes=0)
-    assert paused.note.startswith("stopped at update 0 of 6: its time is up")
+    assert paused.note.startswith("Stopped at update 0 of 6: its time is up")
     done = run("paused", resume=True)
     assert done.note == ""
     stop = {"evaluate.stop": {"watch": "tests.test_run:Cyan", "patience": 2}, "train.steps": 40}
     given_up = run("given-up", stop | {"evaluate.watch": ["tests.test_run:Cyan"]})
-    assert "stopped at update 4 of 40: `tests.test_run:Cyan` has not risen for 2 evaluations" in given_up.note
+    assert "Stopped at update 4 of 40: `tests.test_run:Cyan` has not risen for 2 evaluations" in given_up.note
     assert "the weights are those that the run began with" in given_up.note
     assert given_up.note in Path("given-up/README.md").read_text()
     far = run("far", {"evaluate.budget": {"kl": 1e-9}})

@@ -121,7 +121,7 @@ class Honest(Observer):
                 why = f"the policy is further from the base than evaluate.budget allows ({e.budget})"
             elif self.stopped and e.stop is not None:
                 why = f"`{e.stop.watch}` has not risen for {e.stop.patience} evaluations (evaluate.stop)"
-            said = f"stopped at update {step} of {self.config.train.steps}: {why}. "
+            said = f"Stopped at update {step} of {self.config.train.steps}: {why}. "
         if best is not None and best["step"] == 0 and step:
             said += "No later evaluation was better than the first, so the weights are those that the run began with. "
         return said.strip()
