@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "diffusion_dpo": {
         "method": {"group": 2, "beta": 2000.0},
         "prompts": {"per_round": 32},
-        "train": {"learning_rate": 1e-4},
+        "train": {"ema": 0.98},
     },
     "refl": {"method": {"window": 0.5, "loss": "linear", "batch_size": 16}} | BY_GRADIENT,
     "draft": {"method": {"keep": 4, "batch_size": 16}} | BY_GRADIENT,
