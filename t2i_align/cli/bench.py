@@ -161,7 +161,7 @@ def hacking_study(
     images: Annotated[int | None, Option(min=1, help="Drawn by each run.", show_default="the study's own")] = None,
     seeds: Annotated[int, Option(min=1, help="Runs of each guard.")] = 3,
     prompts: Annotated[int, Option(min=2, help="Held-out ones, to judge the kept weights on.")] = 200,
-    method: Annotated[str, Option(help="What is trained with: refl, draft or grpo.")] = "refl",
+    method: Annotated[str, Option(help="What is trained with: draft or grpo.")] = "draft",
     label: Annotated[str, Option(help="Name of a try with other settings, kept apart in OUT/tuning.")] = "",
     docs: Annotated[Path | None, Option(help="Markdown file whose generated part is written.")] = None,
     listing: Annotated[bool, Option("--list", help="List the cells and how far they are, and exit.")] = False,
