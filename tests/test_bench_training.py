@@ -274,7 +274,7 @@ def test_pages(tmp_path):
     assert text.endswith("after\n")
     assert "stale words" not in text
     assert "| gold | diffusion_dpo | 1 | 512 | 10 | +0.200 ± 0.000 |" in text
-    assert "on 40 given pairs: gold +0.200 ± 0.000; a gain above 0 is reached." in text
+    assert "on 40 given pairs, as a user draws images: gold +0.200 ± 0.000; a gain above 0 is reached." in text
     assert "Images to a given gain" in text
     assert "| gold | grpo | 2 | 512 | 10 | +0.100 ± 0.000 |" in text
     assert "| grpo.gold.s0.rate | train.learning_rate=1e-5 | 512 | +0.200 ± 0.000 |" in text

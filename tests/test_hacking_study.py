@@ -17,6 +17,7 @@ from t2i_align.bench.hacking_report import (
 )
 from t2i_align.bench.hacking_study import GUARDS, LOOKS, Cell, Study, cells
 from t2i_align.errors import T2IError
+from t2i_align.training.prompts import make_pool
 
 QUICK = (
     *("method.batch_size=1", "method.group=1", "method.steps=2", "prompts.per_round=1", "prompts.size=4"),
@@ -32,6 +33,7 @@ def test_cells(guard, method, tmp_path):
     assert config.train.steps // config.evaluate.every == LOOKS
     assert (config.evaluate.stop is not None) == (guard == "stop")
     assert config.method["beta" if method == "grpo" else "kl"] > 0 or guard != "kl"
+    assert make_pool(config.prompts).prompts.text == make_pool(config.evaluate.prompts).prompts.text
     (reward,) = config.reward.values()
     trained = {"lcb": {"use": "lcb(tiny_pick, k=1)"}, "warm": {"use": "tiny_pick"}}
     assert reward == trained.get(guard, {"use": "tiny_pick", "options": {"sibling": 1}})

@@ -60,7 +60,7 @@ SAMPLER = {"steps": 8, "guidance": 1.0}  # as training draws its images
 METHOD = "draft"  # of cells without a method in their names
 FEW: dict[str, Any] = {"prompts": {"size": HANDFUL, "per_round": HANDFUL}}
 BASES: dict[str, dict[str, Any]] = {
-    METHOD: laid_over(METHODS["draft"], FEW | {"method": {"group": 2}, "train": {"learning_rate": 3e-5}}),
+    METHOD: laid_over(METHODS["draft"], FEW | {"method": {"group": 2}, "train": {"learning_rate": 3e-5, "warmup": 10}}),
     "grpo": laid_over(METHODS["grpo"], FEW),
 }
 GUARDS: dict[str, dict[str, dict[str, Any]]] = {
@@ -110,7 +110,7 @@ class Cell:
         blocks["method"] = {"use": self.method} | blocks["method"] | guard.get(self.method, {})
         blocks["train"] |= {"steps": 1, "seed": self.seed}
         blocks["evaluate"] = {
-            "prompts": {name: blocks["prompts"][name] for name in ("kinds", "size")},
+            "prompts": {"split": "train"} | {name: blocks["prompts"][name] for name in ("kinds", "size")},
             "images": EACH,
             "watch": [GOLD, PROXY],
             "batch_size": BATCH,

@@ -202,10 +202,10 @@ def _pareto(lines: Sequence[Line], base: Result) -> Iterator[str]:
 
 def _pairs(lines: Sequence[Line], base: Result) -> Iterator[str]:
     for line in lines:
-        if line.label in OFFLINE:
-            gain = line.gain(base, "gold")
+        for sampler, how in HOW.items() if line.label in OFFLINE else ():
+            gain = line.gain(base, "gold", sampler=sampler)
             yield (
-                f"{line.label} on {line.mean('pairs'):.0f} given pairs: gold {signed(gain)}; a gain above 0 is "
+                f"{line.label} on {line.mean('pairs'):.0f} given pairs, {how}: gold {signed(gain)}; a gain above 0 is "
                 f"{'reached' if gain.sure and gain.mean > 0 else 'not reached'}."
             )
 
@@ -237,12 +237,14 @@ def plot_curves(lines: Sequence[Line], path: Path) -> None:
                 points = [tuple(map(fmean, zip(*at, strict=True))) for at in zip(*runs, strict=False)]
                 if not points:  # given pairs have no reward
                     continue
+                if len({images for images, _ in points}) == 1:  # all drawn before the first update
+                    points = points[-1:]
                 axes.plot(*zip(*points, strict=True), ".-", label=line.label, linewidth=1, markersize=4)
         panels[0, column].set_title(f"trained on {reward}", fontsize=9)
         panels[0, column].set_ylabel("reward of training's images", fontsize=8)
         panels[1, column].set_ylabel("gold on held-out prompts", fontsize=8)
         panels[1, column].set_xlabel("images", fontsize=8)
-        panels[0, column].legend(fontsize=7, frameon=False)
+        panels[1, column].legend(fontsize=7, frameon=False)
     for axes in panels.flatten():
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
