@@ -225,7 +225,7 @@ def write_pages(out: Path, results: Sequence[Result], base: Result, docs: Path |
     plot_study(lines, out / "curves.png")
     pictures = picture_rows(out, lines)
     if pictures is not None:
-        pictures.quantize(128).save(out / "pictures.png", optimize=True)
+        pictures.quantize(256).save(out / "pictures.png", optimize=True)
     if docs is not None:
         plot = Image.open(out / "curves.png").convert("RGB")
         parts: list[str | Picture | Shown] = [markdown(table_rows(lines, base)), "\n".join(f"- {t}" for t in said)]

@@ -272,4 +272,4 @@ def strip(path: Path) -> Image.Image:
     sheet = Image.open(path).convert("RGB")
     height = (sheet.height - GAP - 2 * LABEL_HEIGHT) // 2
     top = sheet.height - height
-    return sheet.crop((0, top, sheet.width, sheet.height)).quantize(128)
+    return sheet.crop((0, top, sheet.width, sheet.height)).quantize(256)
