@@ -47,7 +47,7 @@ def measure(subject):
         except Exception as error:
             cells[name] = ("no", reason or f"FAILED: {type(error).__name__}: {str(error)[:80]}")
             continue
-        kept = value <= promise.bound
+        kept = value <= promise.bound_of(subject)
         cell = "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
         cells[name] = (cell, None) if kept else ("no", reason or f"FAILED: measured {cell}")
     return cells

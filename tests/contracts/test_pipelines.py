@@ -26,7 +26,7 @@ def test_promise(subject, name, request):
         measured = promise.measure(subject)
     except NotApplicable as reason:
         pytest.skip(str(reason))
-    assert measured <= promise.bound, promise.says
+    assert measured <= promise.bound_of(subject), promise.says
 
 
 def test_no_graph_is_built_without_gradients(subject):

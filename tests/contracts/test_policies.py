@@ -133,7 +133,8 @@ def test_gradient_checkpointing_changes_no_gradient(trained):
     for first, second in zip(whole, again, strict=True):
         assert (first is None) == (second is None)
         if first is not None:
-            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
+            # Sums of larger numbers: their rounding differs with the place of tensors in memory on some CPUs.
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8 + 1e-6 * float(first.abs().max()))
 
 
 def test_a_half_precision_base_has_full_precision_lora(base):
