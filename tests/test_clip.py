@@ -79,6 +79,14 @@ def test_tiny_clip_is_small_and_knows_the_words():
     assert longest <= config["model_cfg"]["text_cfg"]["context_length"]
 
 
+def test_remembered_texts_do_not_depend_on_who_asks_first():
+    tower = load_reward("tiny_clip").tower
+    with torch.autocast("cpu", torch.bfloat16):
+        under = tower.text_features(["three red stars"])
+    tower.texts.clear()
+    assert torch.equal(under, tower.text_features(["three red stars"]))
+
+
 def test_tiny_clip_tells_captions_apart():
     from t2i_align.playground.proxies import measure_captions
 

@@ -14,6 +14,7 @@ from torch import nn
 from t2i_align.config import TrainConfig
 from t2i_align.keys import generator
 from t2i_align.training import Method, Term, TrainingError, fit, learning_rate
+from t2i_align.training.loop import autocast
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
 
@@ -276,6 +277,17 @@ def test_collect_runs_without_gradients_and_feeds_the_losses(tmp_path):
     method = Collecting()
     fit(method, rows, settings(steps=1, log_every=1), tmp_path)
     assert logged(tmp_path)[0]["loss"] == pytest.approx(1, rel=0.05)  # what the jitter leaves of it
+
+
+def test_weights_read_without_gradients_first_have_them_later():
+    """In one block of autocast, whatever older torches remember of a cast."""
+    layer = torch.nn.Linear(2, 2)
+    with autocast(torch.device("cpu"), settings(precision="bf16")):
+        assert not torch.is_autocast_cache_enabled()
+        with torch.no_grad():
+            layer(torch.ones(1, 2))
+        layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad.any()
 
 
 def test_gradient_norm_is_clipped(tmp_path):

@@ -126,6 +126,12 @@ def test_gradient_checkpointing_changes_no_gradient(trained):
         with pytest.raises(PolicyError, match="no gradient checkpointing"):
             Policy.lora(Built(built.name).pipe, gradient_checkpointing=True)
         return
+    if built.name != "kandinsky5":  # which makes embeddings in float32
+        built = Built(built.name, torch.float64)  # rounding differs by CPUs: it should not count
+        policy = Policy.lora(built.pipe, rank=2, alpha=4)
+        for p in policy.trainable():
+            p.data = p.data.double()
+        train(policy)
     whole = gradients(policy, built)
     policy.network.enable_gradient_checkpointing(policy.switch.checkpointed)
     again = gradients(policy, built)
@@ -133,8 +139,7 @@ def test_gradient_checkpointing_changes_no_gradient(trained):
     for first, second in zip(whole, again, strict=True):
         assert (first is None) == (second is None)
         if first is not None:
-            # Sums of larger numbers: their rounding differs with the place of tensors in memory on some CPUs.
-            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8 + 1e-6 * float(first.abs().max()))
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
 
 
 def test_a_half_precision_base_has_full_precision_lora(base):

@@ -24,13 +24,13 @@ class Promise(NamedTuple):
     measure: Callable[[Subject], float]
 
     def bound_of(self, s: Subject) -> float:
-        """The bound on a subject: where rounding is allowed at all, a few roundings of its number type are.
+        """The bound on a subject: where rounding is allowed at all, one of its number type is.
 
         CPUs with kernels of their own for float16 round otherwise for other batch sizes. What a family says it cannot
         do is held to the bound of all.
         """
         told = any(self is PROMISES[name] for name in s.family.cannot)
-        return self.bound if told or not self.bound else max(self.bound, 4 * torch.finfo(s.driver.dtype).eps)
+        return self.bound if told or not self.bound else max(self.bound, torch.finfo(s.driver.dtype).eps)
 
 
 def apart(first, second) -> float:
