@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from t2i_align.attention import recomputed
 from t2i_align.keys import generator
 from t2i_align.pipelines.calling import STEP_ALONE, DriverError
 from t2i_align.pipelines.cond import Cond
@@ -288,7 +288,7 @@ class Driver(Encoder):
         for i, row in enumerate(rows):
             draw = noise[:, i] if noise is not None else noise_of(x, seed, ids, row)
             if checkpointing and torch.is_grad_enabled():
-                x = checkpoint(advance, x, row, draw, use_reentrant=False)
+                x = recomputed(advance, x, row, draw)
             else:
                 x = advance(x, row, draw)
         return x
@@ -320,7 +320,7 @@ class Driver(Encoder):
         images = []
         for chunk in latents.split(batch_size):
             again = checkpointing and torch.is_grad_enabled()
-            images.append(checkpoint(one, chunk, use_reentrant=False) if again else one(chunk))
+            images.append(recomputed(one, chunk) if again else one(chunk))
         self._release()
         return torch.cat(images)
 

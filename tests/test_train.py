@@ -14,7 +14,7 @@ from torch import nn
 from t2i_align.config import TrainConfig
 from t2i_align.keys import generator
 from t2i_align.training import Method, Term, TrainingError, fit, learning_rate
-from t2i_align.training.loop import autocast
+from t2i_align.training.precision import autocast
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
 

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from t2i_align.attention import recomputed
 from t2i_align.errors import T2IError
 from t2i_align.keys import key
 from t2i_align.methods.base import DIVERGED, OnPolicy, SamplingSettings, Tools
@@ -213,7 +213,7 @@ class RewardGradient(OnPolicy):
 
     def again(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A function of a tensor, computed again in the backward pass where the settings say so."""
-        return checkpoint(function, x, use_reentrant=False) if self.settings.checkpointing else function(x)
+        return recomputed(function, x) if self.settings.checkpointing else function(x)
 
     def pretraining(self, ctx: Ctx, batch: Starts, part: slice) -> Tensor:
         """The summed denoising error of as many images of the data set as there are samples."""

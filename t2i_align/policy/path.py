@@ -12,13 +12,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from t2i_align.attention import recomputed
 from t2i_align.errors import T2IError
 
 Settings = list[tuple[dict[str, Any], str, Any]]  # (namespace, key, value)
@@ -70,10 +70,7 @@ class Switch:
 
     def checkpointed(self, module: Any, *args: Any, **options: Any) -> Any:
         """Run a block of the network without keeping its activations; they are computed again, under the same path."""
-        if torch.compiler.is_compiling():  # the compiler traces the second pass with the first
-            return checkpoint(module, *args, use_reentrant=False, **options)
-        again = Again(self, self.path)
-        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **options)
+        return recomputed(module, *args, under=Again(self, self.path), **options)
 
 
 class Again:

@@ -28,9 +28,9 @@ from t2i_align.training.distributed import ALONE, World
 from t2i_align.training.health import Health
 from t2i_align.training.method import Ctx, Method, TrainingError
 from t2i_align.training.metrics import Metrics
+from t2i_align.training.precision import autocast
 
 SHOWN = ("reward", "kl", "clipped", "images_per_second", "loss")  # beside the progress bar
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Observer:
@@ -191,13 +191,6 @@ def _collect(method: Method, data: Callable[[int], Any], ctx: Ctx, config: Train
     torch.manual_seed(key(config.seed, "collect", ctx.step))
     with torch.no_grad(), autocast(ctx.device, config):
         return method.collect(ctx, data(ctx.step // method.updates))
-
-
-def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """The number type of the networks; log-probs, losses and weights stay fp32."""
-    number = AUTOCAST[config.precision]
-    # Without a cache: weights that were cast without gradients first would have none later in the same block.
-    return torch.autocast(device.type, number, enabled=number is not None, cache_enabled=False)
 
 
 def _update(

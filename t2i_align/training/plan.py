@@ -14,8 +14,8 @@ from t2i_align.arms import parameters
 from t2i_align.methods.base import Rollout
 from t2i_align.rewards import Scorer
 from t2i_align.training.distributed import ALONE
-from t2i_align.training.loop import autocast
 from t2i_align.training.method import Ctx
+from t2i_align.training.precision import autocast
 from t2i_align.training.run import Parts
 
 GIB = 2**30
