@@ -19,10 +19,10 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=["lora", "full"])
+def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "vard"
-    train(QUICK | {"reward": "verifier", "out": str(folder)})
+    train(QUICK | {"reward": "verifier", "out": str(folder), "policy": {"use": request.param}})
     return folder
 
 
@@ -46,7 +46,7 @@ def test_the_command_fills_in_a_page(run, cli, tmp_path):
     text = docs.read_text()
     assert "stale words" not in text
     assert "4 images of held-out prompts" in text
-    assert "| row | noise | correlation | r2 | slope | error | correlation, x0 |" in text
+    assert "| row | noise | correlation | within | r2 | slope | error | correlation, x0 |" in text
     assert (tmp_path / "images" / "value-calibration.png").is_file()
     assert (run / "value" / "heldout.json").is_file()
 

@@ -20,7 +20,7 @@ from t2i_align.steering import Ctx as Steer
 from t2i_align.steering import load_method
 from t2i_align.training import Ctx, TrainingError, fit
 from t2i_align.values import Served, Value, ValueBlock, load_value
-from t2i_align.values.calibration import calibrate, plot_calibration
+from t2i_align.values.calibration import calibrate, plot_calibration, within_prompts
 from t2i_align.values.critic import Critic
 from t2i_align.values.heads import HEADS, SMEAR, HLGauss
 from t2i_align.values.readers import Source, ValueFunctionError, middle_layer, read_features, read_latents
@@ -280,6 +280,17 @@ def test_calibration_by_hand(tmp_path):
     assert calibrate((many + (many < 4))[:, None], many)[0].error == pytest.approx(1 / 8)
     plot_calibration(predicted, rewards, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_correlation_within_prompts_by_hand():
+    """Of three prompts of two images; the last has an image without a reward."""
+    rewards = torch.tensor([0.0, 1.0, 6.0, 9.0, 5.0, math.nan])
+    means = torch.tensor([0.5, 0.5, 7.5, 7.5, 0.0, 0.0])
+    signs = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, 1.0])
+    columns = torch.stack([means, means + signs, means - signs, rewards], 1)
+    # Differences (-1/2, 1/2, -3/2, 3/2) of the rewards against signs of equal size: 1 / sqrt(1.25).
+    assert within_prompts(columns, rewards, 2) == pytest.approx([0, 1.25**-0.5, -(1.25**-0.5), 1])
+    assert calibrate(columns[:4], rewards[:4])[0].correlation == pytest.approx(3.5 / 13.5**0.5)
 
 
 # every pipeline

@@ -45,13 +45,20 @@ BY_GRADIENT: dict[str, Any] = {
     "train": {"learning_rate": 2e-5, "ema": 0.98},
 }
 
+# Learns most from few thousand images (docs/experiments.md): it sees each about eight times.
+VALUE = {"net": "conv", "width": 32, "learning_rate": 3e-4, "weight_decay": 0.1, "memory": 64, "epochs": 1}
+
 METHODS: dict[str, dict[str, Any]] = {
     "ddpo": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "clip": 3e-3, "buffer": 32}},
     "grpo": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "clip": 3e-3}},
     "d3po": {"method": {"group": 4, "epochs": 1, "minibatches": 2, "beta": 0.1}, "prompts": {"per_round": 32}},
     "prdp": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "beta": 3e-5, "eps": 3e-3}},
-    "vard": {"method": {"group": 4, "batch_size": 32, "minibatches": 2, "warmup": 4}, "prompts": {"per_round": 16}},
-    "nft": {"method": {"group": 16, "minibatches": 2}},
+    "vard": {
+        "method": {"group": 4, "batch_size": 32, "minibatches": 2, "trained_rows": 0.99, "eta": 0.01}
+        | {"warmup": 32, "refresh": 8, "value": VALUE},
+    }
+    | BY_GRADIENT,
+    "nft": {"method": {"group": 16, "minibatches": 2, "solver": "ddim"}},
     "rwr": {
         "method": {"group": 8, "minibatches": 2, "select": "best", "best": 2, "levels": 2},
         "prompts": {"per_round": 16},
@@ -84,7 +91,7 @@ BY_STEP: dict[str, dict[str, Any]] = {  # what else policy gradients have
 }
 BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
     (method, reward): SLOW | BY_STEP.get(method, {})
-    for method in ("ddpo", "grpo", "d3po", "prdp", "nft", "vard")
+    for method in ("ddpo", "grpo", "d3po", "prdp", "nft")
     for reward in ("gold", "pick", "gold-jpeg")
 }
 

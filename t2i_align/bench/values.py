@@ -26,8 +26,8 @@ from t2i_align.runs import write_text
 from t2i_align.training import Ctx
 from t2i_align.training.blocks import PolicyBlock, RunConfig, load_run
 from t2i_align.training.distributed import ALONE
-from t2i_align.training.run import LORA, make_parts
-from t2i_align.values.calibration import Calibration, calibrate, plot_calibration
+from t2i_align.training.run import LORA, MODEL, make_parts
+from t2i_align.values.calibration import calibrate, plot_calibration, within_prompts
 from t2i_align.values.critic import PlugIn
 from t2i_align.values.readers import Source
 from t2i_align.values.value import Served, is_value, load_value
@@ -40,27 +40,32 @@ PICTURE = "value-calibration.png"
 class Predicted(NamedTuple):
     """Of n images: `value`, and `plugin`, the reward of the x0 prediction, (n, rows); `reward` (n,), all in its unit.
 
-    `noise` (rows,): sigma where alpha^2 + sigma^2 = 1.
+    `noise` (rows,): sigma where alpha^2 + sigma^2 = 1; `group`: images of a prompt, which are neighbours.
     """
 
     value: Tensor
     plugin: Tensor
     reward: Tensor
     noise: Tensor
+    group: int
 
 
 def open_run(folder: Path) -> RunConfig:
-    """The config of a finished vard run, set to go on from its LoRA.
+    """The config of a finished vard run, set to go on from its LoRA where it trained one.
 
     Raises:
-        T2IError: not such a run, or one without a LoRA or a learned value function.
+        T2IError: not such a run, or one without trained weights or a learned value function.
     """
     if not (folder / "config.yaml").is_file():
         raise T2IError(f"Expected {folder} to be the folder of a run, with config.yaml.")
     config = load_run(folder / "config.yaml", [f"out={folder}"])
-    if config.method["use"] != "vard" or not is_value(folder / "value") or not (folder / LORA).is_dir():
-        raise T2IError(f"Expected {folder} to be a finished vard run with lora/ and value/ but got a run without.")
-    return config.model_copy(update={"policy": PolicyBlock(start=str(folder / LORA))})
+    full = config.policy.use == "full"
+    result = folder / (MODEL if full else LORA)
+    if config.method["use"] != "vard" or not is_value(folder / "value") or not result.is_dir():
+        raise T2IError(
+            f"Expected {folder} to be a finished vard run with {result.name}/ and value/ but got a run without."
+        )
+    return config if full else config.model_copy(update={"policy": PolicyBlock(start=str(result))})
 
 
 @torch.no_grad()
@@ -70,6 +75,8 @@ def predict(folder: Path, prompts: int) -> Predicted:
     parts = make_parts(config, ALONE)
     method = parts.method
     assert isinstance(method, VARD)
+    if config.policy.use == "full":
+        method.policy.read(folder / MODEL)
     s, tools = method.settings, method.tools
     table = bench_prompts(prompts, PROMPT_SEED, "heldout", min(prompts // 2, COUNTS["heldout"]))[0]
     data = method.rollout(Ctx(SEED, 0, parts.device), table)
@@ -82,22 +89,28 @@ def predict(folder: Path, prompts: int) -> Predicted:
     plain = [torch.cat([plugin.scaled(x[c, row], row, cond[c]) for c in chunks]) for row in rows]
     noise = torch.cat([source.angle(row, x[:1, row]) for row in rows]).sin()
     found = (torch.stack(predictions, 1), torch.stack(plain, 1), data.scores.total, noise)
-    return Predicted(*(part.float().cpu() for part in found))
+    learned, unlearned, rewards, noise = (part.float().cpu() for part in found)
+    return Predicted(learned, unlearned, rewards, noise, data.group)
 
 
 def table_rows(found: Predicted) -> list[dict[str, str]]:
     """The cells of the table by column, noisiest row first."""
-    both = zip(calibrate(found.value, found.reward), calibrate(found.plugin, found.reward), strict=True)
+    both = zip(_columns(found.value, found), _columns(found.plugin, found), strict=True)
     rows = []
-    for noise, (value, plugin) in zip(found.noise.tolist(), both, strict=True):
-        row = {"row": str(value.row), "noise": f"{noise:.3f}"} | _columns(value)
-        rows.append(row | {f"{name}, x0": text for name, text in _columns(plugin).items()})
+    for i, (noise, (value, plugin)) in enumerate(zip(found.noise.tolist(), both, strict=True)):
+        row = {"row": str(i), "noise": f"{noise:.3f}"} | value
+        rows.append(row | {f"{name}, x0": text for name, text in plugin.items()})
     return rows
 
 
-def _columns(found: Calibration) -> dict[str, str]:
+def _columns(predicted: Tensor, found: Predicted) -> list[dict[str, str]]:
     names = ("correlation", "r2", "slope", "error")
-    return {name: f"{getattr(found, name):.3f}" for name in names}
+    every = [{name: f"{getattr(row, name):.3f}" for name in names} for row in calibrate(predicted, found.reward)]
+    within = within_prompts(predicted, found.reward, found.group)
+    return [
+        {"correlation": row["correlation"], "within": f"{one:.3f}"} | row
+        for row, one in zip(every, within, strict=True)
+    ]
 
 
 def write_pages(folder: Path, found: Predicted, docs: Path | None) -> Sequence[dict[str, Any]]:

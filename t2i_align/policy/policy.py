@@ -160,12 +160,16 @@ class Policy(nn.Module):
                 pipe, component=component, start=folder, adapters=names, gradient_checkpointing=gradient_checkpointing
             )
         policy = cls.full(pipe, component, gradient_checkpointing)
-        try:
-            saved = type(policy.network).from_pretrained(folder, subfolder=component)
-            policy.network.load_state_dict(saved.state_dict())
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PolicyError(f"Cannot open {folder} in {component}: {' '.join(str(error).split())}.") from error
+        policy.read(folder)
         return policy
+
+    def read(self, folder: str | Path) -> None:
+        """Go on from all weights that `save` wrote of such a policy. Raises PolicyError for another network's."""
+        try:
+            saved = type(self.network).from_pretrained(folder, subfolder=self.component)
+            self.network.load_state_dict(saved.state_dict())
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise PolicyError(f"Cannot open {folder} in {self.component}: {' '.join(str(error).split())}.") from error
 
     @property
     def adapters(self) -> Adapters:

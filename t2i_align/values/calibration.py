@@ -46,6 +46,19 @@ def calibrate(predicted: Tensor, rewards: Tensor) -> list[Calibration]:
     return [Calibration(row, *numbers) for row, numbers in enumerate(columns)]
 
 
+def within_prompts(predicted: Tensor, rewards: Tensor, group: int) -> list[float]:
+    """Correlation of predictions (n, rows) with rewards (n,), both less their means over a prompt's `group` images.
+
+    What steering and training live on: which of a prompt's images is better. A value function that only knows which
+    prompts are hard has 0 here. Prompts with an image without a reward are left out.
+    """
+    r = rewards.double().reshape(-1, group)
+    known = r.isfinite().all(1)
+    p, r = predicted.double().reshape(len(r), group, -1)[known], r[known]
+    off_p, off_r = (p - p.mean(1, keepdim=True)).flatten(0, 1), (r - r.mean(1, keepdim=True)).flatten()
+    return [row.correlation for row in calibrate(off_p, off_r)]
+
+
 def reliability(predicted: Tensor, rewards: Tensor) -> list[tuple[float, float, float]]:
     """Of groups of images with similar predictions (n,): mean prediction, mean reward, share of the images."""
     groups = predicted.argsort().chunk(BINS)
