@@ -97,7 +97,7 @@ def pipeline_class(folder: Path) -> type[DiffusionPipeline] | None:
     return getattr(diffusers, name, None) if isinstance(name, str) else None
 
 
-def _name(pipeline: str | Path | DiffusionPipeline) -> str:
+def name_of(pipeline: str | Path | DiffusionPipeline) -> str:
     """The name that was given, or that a pipeline was loaded by; "" for one that was put together."""
     if isinstance(pipeline, (str, Path)):
         return str(pipeline)
@@ -109,7 +109,7 @@ def _folder(pipeline: str | Path | DiffusionPipeline) -> Path | None:
     if isinstance(pipeline, (str, Path)):
         place = place_of(pipeline)
     else:
-        name = _name(pipeline)
+        name = name_of(pipeline)
         place = Path(name) if (Path(name) / INDEX).is_file() or not is_hub_id(name) else name
     return place if isinstance(place, Path) else _cached(place)
 
@@ -134,7 +134,7 @@ def call_defaults(pipeline: str | Path | DiffusionPipeline) -> dict[str, Any]:
 
     A folder without a card gets {}, whatever its weights look like: nothing is guessed.
     """
-    model = find_model(_name(pipeline))
+    model = find_model(name_of(pipeline))
     return dict(model.call) if model else card_of(pipeline).get("defaults", {})
 
 
@@ -181,7 +181,7 @@ def check_call(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> None:
 
 def steps_note(pipeline: str | Path | DiffusionPipeline, steps: int) -> str | None:
     """What to say to someone who asks more steps of a distilled model than it was made for."""
-    name = _name(pipeline)
+    name = name_of(pipeline)
     model = find_model(name)
     if model is None or model.few is None or steps <= model.few:
         return None

@@ -28,6 +28,12 @@ class FolderError(T2IError):
     """An output folder that is in the way."""
 
 
+def home_of(source: Any) -> str | None:
+    """The folder of the run whose `config.yaml` this is; None for any other config."""
+    home = Path(source).parent if isinstance(source, (str, Path)) and Path(source).name == CONFIG else None
+    return str(home) if home is not None and (home / ENVIRONMENT).is_file() else None
+
+
 def open_folder(
     folder: str | Path,
     config: Settings,

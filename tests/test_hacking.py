@@ -45,6 +45,10 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_run(write(tmp_path / "a", 1.0, 0.5), "judge")
     with pytest.raises(T2IError, match="3 or more evaluations"):
         read_run(write(tmp_path / "b", 1.0, 0.5, (1.0, 2.0)), "verifier")
+    for text in ("", '{"step": 0, "kl": 0, "scores": {"verifier": [[0.5]]}}\n'):  # killed at once; a person's choices
+        (tmp_path / "b" / "evaluations.jsonl").write_text(text)
+        with pytest.raises(T2IError, match="evaluations of the trained reward"):
+            read_run(tmp_path / "b", "verifier")
 
 
 def test_the_command(tmp_path, cli):

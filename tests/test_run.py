@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from t2i_align.config import ConfigError
@@ -226,6 +227,38 @@ def test_a_run_says_why_it_ended(here):
     assert given_up.note in Path("given-up/README.md").read_text()
     far = run("far", {"evaluate.budget": {"kl": 1e-9}})
     assert "further from the base than evaluate.budget allows" in far.note
+
+
+def test_a_pause_between_evaluations_says_whose_scores_it_has(here):
+    paused = run("paused", {"evaluate.every": 4}, minutes=1e-9)
+    assert (paused.step, paused.kept_step, paused.kept["step"]) == (1, 1, 0)
+    assert "Its last evaluation, and the scores here, are those of update 0." in paused.note
+    assert paused.note in Path("paused/README.md").read_text()
+    stop = {"evaluate.stop": {"watch": "tests.test_run:Cyan", "patience": 2}, "evaluate.watch": ["tests.test_run:Cyan"]}
+    done = run("stopped", stop)
+    assert (done.step, done.kept_step, done.kept["step"]) == (4, 0, 0)
+
+
+def test_an_open_pipeline_is_the_base_of_its_run(here, cli):
+    """Not the one that configs have where they say nothing, whose scorers would be watched."""
+    torch.manual_seed(0)
+    pipe = FAMILIES["sd"]().pipe
+    pipe.save_pretrained("base")
+    changes = {
+        "policy": {"use": "lora", "rank": 2, "targets": ["attn1.to_q"]},
+        "method": CONFIG["method"] | {"group": 2, "steps": 2},
+        "evaluate": {"steps": 1, "images": 1, "kl_images": 1, "prompts": CONFIG["evaluate"]["prompts"]},
+    }
+    train({**CONFIG, **changes}, pipeline=pipe, out="open", **{"train.steps": 1})
+    stored = load_run("open/config.yaml")
+    assert (stored.model.use, stored.evaluate.watch, stored.evaluate.features) == (None, (), None)
+    assert "grpo on an open StableDiffusionPipeline" in Path("open/README.md").read_text()
+    code, _, err = cli("train", "open/config.yaml", "--resume")
+    assert code == 2
+    assert "Expected model.use to name a pipeline but got null" in err
+    named = StableDiffusionPipeline.from_pretrained("base")
+    train({**CONFIG, **changes}, pipeline=named, out="named", **{"train.steps": 1})
+    assert load_run("named/config.yaml").model.use == "base"
 
 
 class Exact(Red):

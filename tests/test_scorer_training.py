@@ -89,6 +89,7 @@ def test_the_command_trains_measures_saves_and_opens(cli, folder, tmp_path):
     assert "| before |" in card
     assert "| after |" in card
     assert "gone.png" in card
+    assert load_scorer_run(tmp_path / "run" / "config.yaml").folder == tmp_path / "run"
     scorer = load_reward(tmp_path / "run")
     assert scorer.name == "mine"
     picture, prompt = str(folder / "0-0.png"), "a red circle"

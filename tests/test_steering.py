@@ -15,7 +15,7 @@ from t2i_align.pipelines import Driver, PipelineError, load_pipeline
 from t2i_align.pipelines.kernels import ddim, flow_sde, ode
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import FunctionScorer
+from t2i_align.rewards import FunctionScorer, RewardError
 from t2i_align.steering import Ctx, SteeringError, load_method, steer
 from t2i_align.steering.best_of_n import chi_squared, expected_best, kl
 
@@ -202,6 +202,13 @@ def test_steering_a_real_pipeline_raises_the_reward():
     assert result.totals.mean() > base.totals.mean()
     assert len(result.pil()) == 2
     assert result.cost.seconds > 0
+
+
+def test_rewards_on_the_scale_of_the_pipeline(tmp_path, monkeypatch):
+    """As `generate --steer` takes them: what they are calibrated on is looked for by its name."""
+    monkeypatch.setenv("T2I_ALIGN_CACHE", str(tmp_path))
+    with pytest.raises(RewardError, match="not calibrated on tiny-sd"):
+        steer("tiny-sd", ["a red circle"], "calibrated(verifier)", "best_of_n", particles=1, steps=1)
 
 
 def test_previews_by_a_small_decoder():

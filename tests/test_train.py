@@ -13,7 +13,11 @@ from torch import nn
 
 from t2i_align.config import TrainConfig
 from t2i_align.keys import generator
-from t2i_align.training import Method, Term, TrainingError, fit, learning_rate
+from t2i_align.training import Ctx, Method, Term, TrainingError, fit, learning_rate
+from t2i_align.training.checkpoints import State
+from t2i_align.training.health import Health
+from t2i_align.training.loop import _update
+from t2i_align.training.metrics import Metrics
 from t2i_align.training.precision import autocast
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
@@ -290,6 +294,33 @@ def test_weights_read_without_gradients_first_have_them_later():
     assert layer.weight.grad.any()
 
 
+def test_the_last_updates_have_a_row_of_their_own(tmp_path):
+    fit(Regression(), rows, settings(steps=3, log_every=2), tmp_path)
+    assert [row["step"] for row in logged(tmp_path)] == [2, 3]
+
+
+def test_a_process_without_a_term_has_a_scale_of_gradients_all_the_same(tmp_path):
+    """In fp16, in its first update."""
+
+    class Idle(Regression):
+        def losses(self, ctx, batch):
+            return iter(())
+
+    class Two:  # this process, and another with a term
+        first, count, total = True, 2, staticmethod(lambda value: value + 1)
+
+        def sum_gradients(self, weights):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+
+    method, config = Idle(), settings(steps=1, precision="fp16")
+    state = State(method, config)
+    ctx = Ctx(0, 0, torch.device("cpu"), 0, Two())
+    before = method.linear.weight.detach().clone()
+    _update(method, rows(0), ctx, config, state, Metrics(tmp_path / "metrics.jsonl"), Health())
+    assert not torch.equal(method.linear.weight, before)
+
+
 def test_gradient_norm_is_clipped(tmp_path):
     class Spy(Regression):
         def losses(self, ctx, batch):
@@ -395,7 +426,7 @@ def test_a_killed_process_resumes_bit_identically(tmp_path):
     for part in ("weights", "average"):
         for name in whole[part]:
             assert torch.equal(killed[part][name], whole[part][name])
-    assert [row["step"] for row in logged(tmp_path / "killed")] == list(range(4, 151, 4))
+    assert [row["step"] for row in logged(tmp_path / "killed")] == [*range(4, 150, 4), 150]
 
 
 def test_ctrl_c_waits_for_the_update_and_leaves_a_checkpoint(tmp_path, capsys):

@@ -72,7 +72,9 @@ def read_run(folder: str | Path, gold: str) -> Optimised:
     folder = Path(folder)
     if not (folder / "evaluations.jsonl").is_file():
         raise T2IError(f"Expected {folder} to be the folder of a run, with evaluations.jsonl.")
-    start, *rows = read_jsonl(folder / "evaluations.jsonl")
+    start, *rows = read_jsonl(folder / "evaluations.jsonl") or [{"scores": {}}]
+    if TRAINED not in start["scores"]:
+        raise T2IError(f"Expected evaluations of the trained reward in {folder} but got none: nothing to hold gold to.")
     if gold not in start["scores"]:
         raise T2IError(f"The run {folder} watched {', '.join(start['scores'])}, not {gold!r}.")
     rows = [row for row in rows if row["kl"] > 0]

@@ -61,7 +61,7 @@ def train(
         return
     if done.note:
         print(done.note)
-    print(f"updates made: {done.step}; the weights of step {kept['step']} are in {done.weights}")
+    print(f"updates made: {done.step}; the weights of step {done.kept_step} are in {done.weights}")
     print(f"open {done.folder / 'README.md'} for the scores before and after")
 
 

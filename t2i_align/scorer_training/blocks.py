@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from t2i_align.config import ConfigError, Settings, TrainConfig, load_config, read_mapping
 from t2i_align.errors import T2IError
+from t2i_align.runs import home_of
 
 COMPARING = ("bradley_terry", "plackett_luce")  # objectives that compare the images of a prompt
 OUTPUTS = {"regression": "regression", "hl_gauss": "hl_gauss", "quantile": "quantile"}  # of heads, by objective
@@ -152,11 +153,15 @@ def is_scorer_run(source: Any, overrides: Sequence[str] = ()) -> bool:
 def load_scorer_run(source: Any, overrides: Sequence[str] = ()) -> ScorerRun:
     """The config of a scorer's training from a YAML file or a mapping, with `a.b=value` words over it.
 
+    The `config.yaml` of a run means that run: `out` is its folder, unless it is given.
+
     Raises:
         ConfigError: everything that is wrong with it, found without loading any weight.
     """
     given = source.model_dump(mode="json") if isinstance(source, ScorerRun) else source
     config = load_config(ScorerRun, given, overrides)
+    if config.out is None:
+        config = config.model_copy(update={"out": home_of(source)})
     found = list(problems(config))
     if found:
         origin = f" in {source}" if isinstance(source, (str, Path)) else ""

@@ -114,7 +114,7 @@ def steer(
 
     chosen = load_method(method, **options)
     check_gradient(chosen, reward)
-    judge = load_reward(reward)
+    judge = load_reward(reward, base=str(pipeline) if isinstance(pipeline, (str, Path)) else None)
     check_gradient(chosen, judge)  # functions of scorers may have none of their own
     keywords = call_keywords(pipeline, steps, guidance) | (call or {})
     rows = keywords.pop("num_inference_steps", 20)

@@ -12,7 +12,7 @@ from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
 from t2i_align.playground.grammar import KINDS, Kind
 from t2i_align.rewards import check_reward, scorer_class
-from t2i_align.runs import CONFIG, ENVIRONMENT
+from t2i_align.runs import home_of
 
 TRAINED = "reward"  # the trained reward's name among those of an evaluation
 
@@ -20,7 +20,9 @@ TRAINED = "reward"  # the trained reward's name among those of an evaluation
 class ModelBlock(Settings):
     """The base pipeline: options of `load_pipeline`, and how training images are drawn."""
 
-    use: str = Field("tiny-sd", description="alias, hub id or folder of a pipeline")
+    use: str | None = Field(
+        "tiny-sd", description="alias, hub id or folder of a pipeline; null: an open one without a name, from Python"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one")
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="of the frozen weights; null: what suits, fp32 where all weights are trained"
@@ -210,9 +212,8 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunCon
     from t2i_align.training.checks import problems
 
     config = _filled_in(load_config(RunConfig, source, overrides))
-    if config.out is None and isinstance(source, (str, Path)) and Path(source).name == CONFIG:
-        home = Path(source).parent
-        config = config.model_copy(update={"out": str(home) if (home / ENVIRONMENT).is_file() else None})
+    if config.out is None:
+        config = config.model_copy(update={"out": home_of(source)})
     found = problems(config)
     if found:
         origin = f" in {source}" if isinstance(source, (str, Path)) else ""
@@ -226,7 +227,7 @@ def _filled_in(config: RunConfig) -> RunConfig:
     from t2i_align.pipelines.catalog import card_of
 
     try:
-        playground = card_of(config.model.use).get("prompts") == "playground"
+        playground = config.model.use is not None and card_of(config.model.use).get("prompts") == "playground"
     except T2IError:  # the checks say what is wrong with it
         return config
     watch: tuple[str, ...] = ("verifier",) if playground else ()

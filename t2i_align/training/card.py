@@ -67,7 +67,7 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
     averaged = " They are averaged over the training (EMA)." if config.train.ema else ""
     text = CARD.format(
         method=config.method["use"],
-        base=config.model.use,
+        base=config.model.use or f"an open {type(watcher.method.tools.driver.pipe).__name__}",
         what=f"A LoRA of the {policy.component}" if lora else f"The {policy.component}",
         aim=aim(watcher),
         trained="Only the first scorer was trained on." if watcher.method.learns_reward else NOT_TRAINED,

@@ -11,6 +11,7 @@ from typing import Any
 
 from t2i_align.errors import T2IError
 from t2i_align.methods import METHODS, method_class, read_method
+from t2i_align.methods.forward import NATIVE
 from t2i_align.methods.pareto import PolicyGradientSettings
 from t2i_align.pipelines.kernels import load_kernel
 from t2i_align.rewards import Scorer, check_reward, scorer_class
@@ -40,7 +41,8 @@ def _model(config: RunConfig) -> Iterator[str]:
     from t2i_align.pipelines.catalog import check_pipeline
 
     resolve_device(config.model.device)
-    download = check_pipeline(config.model.use, config.model.revision)
+    use = config.model.use
+    download = None if use is None else check_pipeline(use, config.model.revision)
     if config.policy.start is not None and not Path(config.policy.start).exists():
         yield f"policy.start: no such file or folder: {config.policy.start}"
     if config.policy.use == "full" and config.model.dtype not in (None, "fp32"):
@@ -48,11 +50,11 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"model.dtype: expected fp32 with policy.use: full, whose updates are lost in the rounding of "
             f"{config.model.dtype}; train.precision=bf16 computes in half precision all the same"
         )
-    if download is None and config.policy.use == "lora" and config.policy.targets is not None:
-        _find_targets(config)
+    if use is not None and download is None and config.policy.use == "lora" and config.policy.targets is not None:
+        _find_targets(use, config)
 
 
-def _find_targets(config: RunConfig) -> None:
+def _find_targets(use: str, config: RunConfig) -> None:
     """Raise PolicyError where a LoRA target fits no layer, from the network's config alone."""
     import diffusers
     import torch
@@ -62,7 +64,7 @@ def _find_targets(config: RunConfig) -> None:
     from t2i_align.policy.component import DENOISERS
     from t2i_align.policy.lora import find_targets
 
-    folder = find_pipeline(config.model.use, config.model.revision)
+    folder = find_pipeline(use, config.model.revision)
     index = read_index(folder)
     component = config.policy.component or next((name for name in DENOISERS if name in index), DENOISERS[0])
     library, name = index.get(component, (None, None))
@@ -96,6 +98,9 @@ def _method(config: RunConfig, columns: Collection[str]) -> Iterator[str]:
             f"reward: expected a differentiable one for {config.method['use']} but {', '.join(blind)} "
             f"{'is' if len(blind) == 1 else 'are'} not: use {', '.join(differentiable())}, or another method"
         )
+    solver = getattr(settings, "solver", NATIVE)
+    if solver != NATIVE:
+        load_kernel(solver)
     if settings.kernel is not None and not load_kernel(settings.kernel).stochastic and not found.needs_gradient:
         yield (
             f"method.kernel: expected a stochastic kernel such as ddim(1.0) but got {settings.kernel}, whose steps "
@@ -133,6 +138,8 @@ def _choices(config: RunConfig) -> Iterator[str]:
     job, model, folder = read_job(config.choices), config.model, config.choices
     if config.prompts != PromptsBlock(per_round=config.prompts.per_round):
         yield f"prompts: expected per_round alone, since the prompts are those of {folder}"
+    if model.use is None:  # an open pipeline, which nothing is known of
+        return
     here = call_keywords(model.use, job.steps, model.guidance, **model.call)
     ours = {"model.use": _place(model.use), "model.vae": model.vae, "model.quantize": model.quantize} | here
     theirs = {"model.use": _place(job.pipeline), "model.vae": job.vae, "model.quantize": job.quantize} | job.call()

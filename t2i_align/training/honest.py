@@ -122,6 +122,8 @@ class Honest(Observer):
             elif self.stopped and e.stop is not None:
                 why = f"`{e.stop.watch}` has not risen for {e.stop.patience} evaluations (evaluate.stop)"
             said = f"Stopped at update {step} of {self.config.train.steps}: {why}. "
+        if best is None and self.rows[-1]["step"] != step:
+            said += f"Its last evaluation, and the scores here, are those of update {self.rows[-1]['step']}. "
         if best is not None and best["step"] == 0 and step:
             said += "No later evaluation was better than the first, so the weights are those that the run began with. "
         return said.strip()

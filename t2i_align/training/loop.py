@@ -87,6 +87,13 @@ def fit(
     metrics.forget_after(state.step)
     method.train()
     batch, saved, tally = None, state.step, Tally()
+
+    def write_row() -> dict[str, float]:
+        row = metrics.write(state.step, seconds=state.seconds, **tally.rates())
+        if world.first:
+            observer.row(row)
+        return row
+
     with Progress(config.steps, "training", state.step, world.first) as progress, _deferred_interrupt() as received:
         while True:
             ctx = Ctx(config.seed, state.step, torch.device(device), state.step % method.updates, world)
@@ -117,12 +124,11 @@ def fit(
             state.seconds += spent
             tally.seconds += spent
             if state.step % config.log_every == 0:
-                row = metrics.write(state.step, seconds=state.seconds, **tally.rates())
+                shown = observer.shown | write_row()
                 tally = Tally()
-                shown = observer.shown | row
                 progress.update(state.step, **{name: shown[name] for name in SHOWN if name in shown})
-                if world.first:
-                    observer.row(row)
+    if tally.seconds:  # of updates after the last row
+        write_row()
     if saved != state.step or not checkpoints(folder):
         world.once(lambda: write_checkpoint(folder, state, world.first), state.sharded)
     method.eval()
@@ -210,6 +216,7 @@ def _update(
     total, terms = ctx.world.total(total), ctx.world.total(count)
     if terms:  # else there is nothing to learn from in any process
         ctx.world.sum_gradients(state.weights.values())
+        scaler.scale(torch.zeros((), device=ctx.device))  # it has no scale yet where this process had no term
         scaler.unscale_(state.optimizer)
     norm = whole(nn.utils.clip_grad_norm_(state.weights.values(), config.max_norm or math.inf, foreach=True))
     health.update(state.step, total, float(norm), scaler.get_scale() if scaler.is_enabled() else None)

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from t2i_align.config import ConfigError, read_mapping
 from t2i_align.devices import resolve_device
+from t2i_align.errors import T2IError
 from t2i_align.evaluation import check_prompts
 from t2i_align.methods import read_method
 from t2i_align.methods.base import OnPolicy, Tools
 from t2i_align.pipelines import call_keywords, check_call, load_pipeline
+from t2i_align.pipelines.catalog import check_pipeline, name_of
 from t2i_align.pipelines.driver import Driver
 from t2i_align.policy import Policy, PolicyError
 from t2i_align.prompts import Prompts
@@ -39,16 +42,19 @@ LORA, MODEL = "lora", "model"  # folders of the result
 
 
 class Trained(NamedTuple):
-    """A finished or paused run: its folder, updates made, the evaluation of the weights that were kept, and a sentence
-    on why it ended before its last update or kept the weights it began with; "" where it did neither.
+    """A finished or paused run.
 
-    Of a scorer's training: what was measured, by scorer; nothing while it is paused.
+    `folder`; `step`: updates made; `kept_step`: the update whose weights were kept; `kept`: their evaluation, or the
+    last one before them; `note`: why it ended before its last update, kept the weights it began with, or was not
+    evaluated at its end; "" for none of these. Of a scorer's training `kept` is what was measured, by scorer; nothing
+    while it is paused.
     """
 
     folder: Path
     step: int
     kept: dict[str, Any]
     note: str = ""
+    kept_step: int = 0
 
     @property
     def weights(self) -> Path:
@@ -98,8 +104,8 @@ def train(
 
         refuse_pipeline(pipeline)
         done = train_scorer(config, resume=resume, overwrite=overwrite, minutes=minutes, **overrides)
-        return Trained(done.folder, done.step, done.measured)
-    config = read_config(config, overrides)
+        return Trained(done.folder, done.step, done.measured, kept_step=done.step)
+    config = read_config(config, overrides, pipeline)
     world = World.join()
     parts = make_parts(config, world, pipeline)
     if resume and world.first and not checkpoints(config.folder):
@@ -129,13 +135,29 @@ def train(
         trackers.close()
     kept = watcher.best or watcher.rows[-1]
     world.once(lambda: write_result(parts, state, watcher, kept), state.sharded)
-    return Trained(folder, state.step, kept, watcher.note(state.step))
+    step = state.step if watcher.best is None else kept["step"]
+    return Trained(folder, state.step, kept, watcher.note(state.step), step)
 
 
-def read_config(config: Any, overrides: Mapping[str, Any]) -> RunConfig:
-    """The resolved config, checked."""
+def read_config(config: Any, overrides: Mapping[str, Any], pipeline: DiffusionPipeline | None = None) -> RunConfig:
+    """The resolved config, checked. An open pipeline is the base; where the config has no name for it, under its own."""
     source = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
-    return load_run(source, [f"{name}={json.dumps(value)}" for name, value in overrides.items()])
+    words = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+    asked = {**(read_mapping(source).get("model") or {}), **overrides.get("model", {})}
+    if pipeline is not None and "use" not in asked and "model.use" not in overrides:
+        words.append(f"model.use={json.dumps(_known(pipeline))}")
+    return load_run(source, words)
+
+
+def _known(pipeline: DiffusionPipeline) -> str | None:
+    """The name that a pipeline was loaded by, where it can be found by it."""
+    name = name_of(pipeline)
+    try:
+        if name:
+            check_pipeline(name)
+    except T2IError:
+        return None
+    return name or None
 
 
 def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | None = None) -> Parts:
@@ -157,14 +179,17 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     check_prompts([judges.reward] if judges.reward else [], pool.prompts)
     check_prompts(list(judges.scorers.values()), held_out)
     model, e = config.model, config.evaluate
+    if pipeline is None and model.use is None:
+        raise ConfigError("Expected model.use to name a pipeline but got null: open one and call train(pipeline=...).")
     layout = device.type == "cpu" and config.policy.use == "lora"
     options = model.options()
     if config.policy.use == "full":  # steps of the optimiser would be lost in the rounding of half precision
         options["dtype"] = "fp32"
-    pipe = pipeline or load_pipeline(model.use, device=device, channels_last=layout, **options)
-    call = call_keywords(pipeline or model.use, None, model.guidance, **model.call)
+    base = pipeline or model.use
+    pipe = pipeline or load_pipeline(str(model.use), device=device, channels_last=layout, **options)
+    call = call_keywords(base, None, model.guidance, **model.call)
     call.pop("num_inference_steps", None)  # the method's own
-    evaluation_call = call_keywords(pipeline or model.use, e.steps, e.guidance, **model.call)
+    evaluation_call = call_keywords(base, e.steps, e.guidance, **model.call)
     check_call(pipe, call)
     check_call(pipe, evaluation_call)
     found, settings = read_method(config.method)
