@@ -140,7 +140,7 @@ def train(
 
 
 def read_config(config: Any, overrides: Mapping[str, Any], pipeline: DiffusionPipeline | None = None) -> RunConfig:
-    """The resolved config, checked. An open pipeline is the base; where the config has no name for it, under its own."""
+    """The resolved config, checked. An open pipeline is the base, under its own name where the config has none."""
     source = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
     words = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
     asked = {**(read_mapping(source).get("model") or {}), **overrides.get("model", {})}
