@@ -18,7 +18,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from t2i_align.attention import recomputed
 from t2i_align.keys import generator
 from t2i_align.pipelines.calling import STEP_ALONE, DriverError
 from t2i_align.pipelines.cond import Cond
@@ -28,6 +27,7 @@ from t2i_align.pipelines.grid import Grid, Point
 from t2i_align.pipelines.indexed import needs_index
 from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, join_steps, output_to_x0_eps
 from t2i_align.trajectory import Trajectory
+from t2i_align.wide_attention import recomputed
 
 __all__ = ["Driver", "DriverError"]
 

@@ -1,97 +1,107 @@
-"""Attention in fp32 on a CPU, in training's autocast and where activations are computed again."""
-
-from __future__ import annotations
-
-from contextlib import nullcontext
-
 import pytest
 import torch
-from torch.nn import functional as F
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from t2i_align.attention import WideAttention, recomputed
-from t2i_align.config import TrainConfig
-from t2i_align.keys import generator
-from t2i_align.training.precision import autocast
+from t2i_align.pipelines import PipelineError, attention
+from t2i_align.pipelines.attention import check_attention, set_attention
+from tests.families import FAMILIES
 
-CPU = torch.device("cpu")
-
-
-def tensors(number, tokens=5):
-    return [torch.randn(2, 1, tokens, 4, generator=generator(i)).to(number).requires_grad_() for i in range(3)]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+DISPATCHING = ["flux-dev", "flux2-klein", "qwen-image", "chroma", "z-image"]
+OLDER = ["sd", "sdxl", "sd3", "pixart-sigma", "aura-flow", "sana", "lumina2", "cogview4", "hunyuan-dit"]
 
 
-@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16])
-def test_fused_attention_is_computed_in_fp32(number):
-    """Whether or not layers before it cast, with and without gradients; its output has autocast's type."""
-    q, k, v = tensors(number)
-    mask = torch.zeros(5, 5).masked_fill_(torch.ones(5, 5).triu(1).bool(), -torch.inf)
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    with autocast(CPU, TrainConfig(steps=1, precision="bf16")):
-        with torch.no_grad():
-            drawn = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(number))
-        replayed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(number))
-    assert replayed.dtype == torch.bfloat16
-    assert torch.equal(drawn, replayed)
-    assert torch.equal(replayed, exact.bfloat16())
-    replayed.float().sum().backward()
-    assert q.grad.dtype == number
-    assert v.grad.any()
+def names(net):
+    """The back-end that each attention of a network names."""
+    processors = [m.processor for m in net.modules() if getattr(m, "processor", None) is not None]
+    return {getattr(processor, "_attention_backend", "-") for processor in processors}
 
 
-def test_attention_outside_of_autocast_is_left_as_it_is():
-    q, k, v = tensors(torch.float64)
-    exact = F.scaled_dot_product_attention(q, k, v)
-    with autocast(CPU, TrainConfig(steps=1, precision="bf16")), torch.autocast("cpu", enabled=False):
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v), exact)
-    with autocast(CPU, TrainConfig(steps=1)):
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v), exact)
+@pytest.mark.parametrize("family", DISPATCHING)
+def test_a_network_with_a_dispatcher_is_switched_and_others_are_not(family):
+    pipe, other = FAMILIES[family]().pipe, FAMILIES[family]().pipe
+    default = _AttentionBackendRegistry.get_active_backend()
+    set_attention(pipe, "_native_math")
+    assert names(pipe.transformer) == {"_native_math"}
+    assert names(other.transformer) == {None}
+    assert _AttentionBackendRegistry.get_active_backend() == default
+    set_attention(pipe, "native")
+    assert names(pipe.transformer) == {"native"}
 
 
-class Counted:
-    """A context that knows how often it was entered."""
-
-    times = 0
-
-    def __enter__(self):
-        self.times += 1
-
-    def __exit__(self, *error):
-        pass
-
-
-def test_attention_of_many_tokens_is_left_as_it_is():
-    attend = F.scaled_dot_product_attention
-    for tokens, same in ((5, False), (600, True)):
-        q, k, v = tensors(torch.bfloat16, tokens)
-        with WideAttention():
-            found = attend(query=q, key=k, value=v)
-        assert torch.equal(found, attend(q, k, v)) == same
+def test_the_switch_decides_which_kernel_runs():
+    family = FAMILIES["flux-dev"]()
+    family.pipe.set_progress_bar_config(disable=True)
+    kernels = {}
+    for backend in ("native", "_native_math"):
+        set_attention(family.pipe, backend)
+        inputs = family.embeds(1) if family.embeds else {"prompt": "a red circle"}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            family.pipe(**inputs, **family.call, num_inference_steps=1, output_type="latent")
+        counts = {event.key: event.count for event in profile.key_averages()}
+        kernels[backend] = counts.get("aten::_scaled_dot_product_attention_math", 0)
+    assert kernels["_native_math"] > kernels["native"]
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_activations_are_computed_again_in_every_backward_pass(wide):
-    """In the context given; gradients are those of a pass that keeps its activations."""
-    gradients, under = [], Counted()
-    for again in (True, False):
-        q, k, v = tensors(torch.bfloat16)
-        with WideAttention() if wide else nullcontext():
-            attend = F.scaled_dot_product_attention
-            out = recomputed(attend, q, k, v, under=under) if again else attend(q, k, v)
-        for _ in range(2):
-            out.float().square().sum().backward(retain_graph=True)
-        gradients.append([x.grad for x in (q, k, v)])
-    assert under.times == 2
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("family", OLDER)
+def test_a_network_without_a_dispatcher_is_native_and_nothing_else(family):
+    pipe = FAMILIES[family]().pipe
+    set_attention(pipe, "native")
+    with pytest.raises(PipelineError, match="Expected attention=native.*but got '_native_math'"):
+        set_attention(pipe, "_native_math")
 
 
-def test_a_wide_pass_is_recomputed_wide():
-    """Else torch would refuse the second pass: its tensors would have another type."""
-    q, k, v = tensors(torch.bfloat16)
-    with WideAttention():
-        out = recomputed(F.scaled_dot_product_attention, q, k, v)
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    assert torch.equal(out, exact.bfloat16())
-    (mine,) = torch.autograd.grad(out.float().sum(), q)
-    (right,) = torch.autograd.grad(exact.sum(), q)
-    assert torch.equal(mine, right)
+@pytest.mark.parametrize("family", ["lumina2", "cogview4", "sana"])
+def test_processors_that_xformers_would_replace_by_wrong_ones_are_kept(family):
+    with pytest.raises(PipelineError, match="Expected attention=native for .*but got 'xformers'"):
+        set_attention(FAMILIES[family]().pipe, "xformers")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may work here")
+def test_a_switch_that_fails_is_said():
+    with pytest.raises(PipelineError, match="'xformers' cannot be used here"):
+        set_attention(FAMILIES["sd"]().pipe, "xformers")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "part"), [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer")])
+def test_xformers_replaces_the_processors_of_older_networks(family, part):
+    pytest.importorskip("xformers")
+    pipe = FAMILIES[family]().pipe.to("cuda")
+    set_attention(pipe, "xformers")
+    modules = [m for m in getattr(pipe, part).modules() if getattr(m, "processor", None) is not None]
+    assert all(type(module.processor).__name__.startswith("XFormers") for module in modules)
+
+
+def test_a_switch_that_changes_nothing_is_said(monkeypatch):
+    pipe = FAMILIES["sd"]().pipe
+    monkeypatch.setattr(type(pipe.unet), "enable_xformers_memory_efficient_attention", lambda net: None)
+    with pytest.raises(PipelineError, match="UNet2DConditionModel did not change"):
+        set_attention(pipe, "xformers")
+
+
+def test_a_pipeline_without_attention_is_refused():
+    with pytest.raises(PipelineError, match="no network whose attention"):
+        set_attention(FAMILIES["toy"]().pipe, "native")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [
+        ("flahs", GPU, "Did you mean 'flash'. Available: .*native"),
+        ("flash", CPU, "Expected a GPU"),
+        ("xformers", CPU, "Expected a GPU"),
+        ("sage_hub", CPU, "Expected a GPU"),
+        ("sage_varlen", GPU, "needs sageattention: `pip install sageattention`"),
+        ("flash_hub", GPU, "needs kernels"),
+    ],
+)
+def test_back_ends_that_are_not_here_are_refused_before_loading(name, device, message, monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda package: None)
+    with pytest.raises(PipelineError, match=message):
+        check_attention(name, device)
+
+
+def test_back_ends_of_pytorch_need_nothing():
+    for name in ("native", "_native_math", "flex"):
+        check_attention(name, CPU)

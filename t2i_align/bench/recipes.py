@@ -54,8 +54,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "d3po": {"method": {"group": 4, "epochs": 1, "minibatches": 2, "beta": 0.1}, "prompts": {"per_round": 32}},
     "prdp": {"method": {"group": 16, "epochs": 1, "minibatches": 2, "beta": 3e-5, "eps": 3e-3}},
     "vard": {
-        "method": {"group": 4, "batch_size": 32, "minibatches": 2, "trained_rows": 0.99, "eta": 0.01}
-        | {"warmup": 32, "refresh": 8, "value": VALUE},
+        "method": {
+            "group": 4,
+            "batch_size": 32,
+            "minibatches": 2,
+            "trained_rows": 0.99,
+            "eta": 0.01,
+            "warmup": 32,
+            "refresh": 8,
+            "value": VALUE,
+        }
     }
     | BY_GRADIENT,
     "nft": {"method": {"group": 16, "minibatches": 2, "solver": "ddim"}},

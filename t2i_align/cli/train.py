@@ -57,7 +57,8 @@ def train(
         return
     kept = {name: value for name, value in done.kept.items() if name != "scores"}
     if as_json:
-        print(json.dumps({"folder": str(done.folder), "step": done.step, "kept": kept, "note": done.note}))
+        said = {"folder": str(done.folder), "step": done.step, "kept_step": done.kept_step, "kept": kept}
+        print(json.dumps(said | {"note": done.note}))
         return
     if done.note:
         print(done.note)

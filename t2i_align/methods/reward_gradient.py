@@ -22,7 +22,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from t2i_align.attention import recomputed
 from t2i_align.errors import T2IError
 from t2i_align.keys import key
 from t2i_align.methods.base import DIVERGED, OnPolicy, SamplingSettings, Tools
@@ -38,6 +37,7 @@ from t2i_align.rewards.uncertainty import discount
 from t2i_align.steering.gradients import SCORER_SCALE, pull
 from t2i_align.training import Ctx, Term, TrainingError
 from t2i_align.training.health import INVALID
+from t2i_align.wide_attention import recomputed
 
 Make = Callable[[], Tensor]
 Shape = Literal["linear", "margin", "target"]

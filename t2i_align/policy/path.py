@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2i_align.attention import recomputed
 from t2i_align.errors import T2IError
+from t2i_align.wide_attention import recomputed
 
 Settings = list[tuple[dict[str, Any], str, Any]]  # (namespace, key, value)
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from t2i_align.attention import WideAttention
 from t2i_align.config import TrainConfig
+from t2i_align.wide_attention import WideAttention
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -171,6 +171,8 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     Raises:
         T2IError: what cannot serve.
     """
+    if pipeline is None and config.model.use is None:
+        raise ConfigError("Expected model.use to name a pipeline but got null: open one and call train(pipeline=...).")
     device = resolve_device(config.model.device) if pipeline is None else pipeline.device
     if pipeline is None and device.type == "cuda" and device.index is None and world.count > 1:
         device = resolve_device(f"cuda:{world.local}")
@@ -179,8 +181,6 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     check_prompts([judges.reward] if judges.reward else [], pool.prompts)
     check_prompts(list(judges.scorers.values()), held_out)
     model, e = config.model, config.evaluate
-    if pipeline is None and model.use is None:
-        raise ConfigError("Expected model.use to name a pipeline but got null: open one and call train(pipeline=...).")
     layout = device.type == "cpu" and config.policy.use == "lora"
     options = model.options()
     if config.policy.use == "full":  # steps of the optimiser would be lost in the rounding of half precision
