@@ -14,7 +14,7 @@ from t2i_align.data.images import to_tensors
 from t2i_align.rewards.checkpoints import RESAMPLE, load_tower, missing_weights
 from t2i_align.rewards.clip import TowerScorer
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.tower import Preprocessing, TowerSpec
+from t2i_align.rewards.tower import Preprocessing, Tower, TowerSpec
 
 Extract = Callable[[Tensor], Tensor]
 
@@ -34,16 +34,11 @@ def load_features(spec: str | Extract) -> Extract:
     """
     if callable(spec):
         return spec
-    from t2i_align.rewards import SCORERS, scorer_class
+    from t2i_align.rewards import SCORERS
 
     known = spec.lower().replace("-", "_")
     if known in SCORERS:
-        found = scorer_class(known)
-        if not issubclass(found, TowerScorer):
-            raise RewardError(f"The scorer {spec!r} has no image features; use one on a CLIP, such as 'tiny_clip'.")
-        if missing := found.missing():
-            raise RewardError(f"The features {spec!r} cannot be used: {missing}")
-        return TowerFeatures(found())  # type: ignore[call-arg]
+        return TowerFeatures(on_a_clip(spec)())  # type: ignore[call-arg]
     if spec.startswith(INCEPTION):
         from t2i_align.rewards.inception import load_inception
 
@@ -51,6 +46,24 @@ def load_features(spec: str | Extract) -> Extract:
     if missing := missing_weights(spec):
         raise RewardError(f"Cannot open the features {spec!r}: {missing}{nearest(known, SCORERS)}")
     return _open(spec)
+
+
+def on_a_clip(name: str) -> type[TowerScorer]:
+    """The class of a scorer on a CLIP whose weights are there. Raises RewardError for any other."""
+    from t2i_align.rewards import scorer_class
+
+    found = scorer_class(name)
+    if not issubclass(found, TowerScorer):
+        raise RewardError(f"The scorer {name!r} has no image features; use one on a CLIP, such as 'tiny_clip'.")
+    if missing := found.missing():
+        raise RewardError(f"The features {name!r} cannot be used: {missing}")
+    return found
+
+
+def load_clip(name: str, device: torch.device) -> Tower:
+    """The CLIP of a scorer on one. Raises RewardError as `on_a_clip`."""
+    scorer: TowerScorer = on_a_clip(name)()  # type: ignore[call-arg]
+    return scorer.to(device).tower
 
 
 def _open(name: str) -> Extract:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import softmax
 
-from t2i_align.config import TrainConfig
+from t2i_align.config import ConfigError, TrainConfig
 from t2i_align.methods import read_method
 from t2i_align.methods.base import Tools
 from t2i_align.pipelines.driver import Driver
@@ -16,22 +16,25 @@ from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer
+from t2i_align.rewards.tiny import TinyCLIP
 from t2i_align.steering import Ctx as Steer
 from t2i_align.steering import load_method
 from t2i_align.training import Ctx, TrainingError, fit
+from t2i_align.training.run import train
 from t2i_align.values import Served, Value, ValueBlock, load_value
 from t2i_align.values.calibration import calibrate, plot_calibration, within_prompts
 from t2i_align.values.critic import Critic
 from t2i_align.values.heads import HEADS, SMEAR, HLGauss
-from t2i_align.values.readers import Source, ValueFunctionError, middle_layer, read_features, read_latents
-from t2i_align.values.value import dims_of
+from t2i_align.values.readers import Source, ValueFunctionError, middle_layer
+from t2i_align.values.value import READ, dims_of
 from tests.families import FAMILIES
 from tests.families.subject import Subject
 
 # One family for each kind of network and of latents.
-READ = ["sd", "sdxl", "kandinsky3", "sd-controlnet", "sd3", "flux-dev", "flux2", "chroma", "aura-flow", "hidream"]
-READ += ["qwen-image", "z-image-turbo", "pixart-sigma", "sana", "lumina2", "cogview4", "hunyuan-image", "kandinsky5"]
+FAMILY = ["sd", "sdxl", "kandinsky3", "sd-controlnet", "sd3", "flux-dev", "flux2", "chroma", "aura-flow", "hidream"]
+FAMILY += ["qwen-image", "z-image-turbo", "pixart-sigma", "sana", "lumina2", "cogview4", "hunyuan-image", "kandinsky5"]
 CONV = {"net": "conv", "width": 16, "batch_size": 64}
+CLIP = {"net": "clip", "clip": "tiny_clip"}
 QUICK = CONV | {"epochs": 2, "learning_rate": 5e-3, "batch_size": 128}
 
 
@@ -296,18 +299,18 @@ def test_correlation_within_prompts_by_hand():
 # every pipeline
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", FAMILY)
 def test_every_family_is_read(name):
-    """Both readers: a row per sample, of its own sample alone, with a gradient to the latent."""
+    """All readers: a row per sample, of its own sample alone, with a gradient to the latent."""
     subject = Subject(name)
-    source = Source(subject.driver, subject.steps, {})
     x = subject.trajectory.x[:, 0]
-    for read in (read_features, read_latents):
-        if "d/dx" in subject.family.cannot and read is read_features:
+    for block in (ValueBlock(width=8), ValueBlock(net="conv", width=8), ValueBlock(**CLIP, width=8)):
+        if "d/dx" in subject.family.cannot and block.net != "conv":
             continue
+        read, source = READ[block.net], block.connect(Source(subject.driver, subject.steps, {}), torch.device("cpu"))
         some = x[:2].clone().float().requires_grad_()
         seen = read(source, some, 0, subject.cond[:2])
-        value = Value(ValueBlock(net="features" if len(seen) == 1 else "conv", width=8), dims_of(seen))
+        value = Value(block, dims_of(seen))
         hidden = value.trunk(torch.zeros(2, 16), *seen)
         (slope,) = torch.autograd.grad(hidden[0].square().sum(), some)
         assert slope[0].any()
@@ -326,13 +329,30 @@ def test_the_middle_of_a_network():
         middle_layer(toy_pipeline().denoiser)
 
 
+def test_what_a_clip_sees():
+    """The products' mean is the cosine of picture and prompt: below all rows, what the scorer says of the image."""
+    subject, scorer = Subject("sd"), TinyCLIP()
+    source = ValueBlock(**CLIP).connect(Source(subject.driver, subject.steps, {}), torch.device("cpu"))
+    for row, x0 in ((0, None), (subject.steps, subject.trajectory.x[:, -1])):
+        with torch.no_grad():
+            if x0 is None:
+                x0 = subject.driver.step(subject.trajectory.x[:, row], row, subject.cond, subject.steps).x0
+            (seen,) = READ["clip"](source, subject.trajectory.x[:, row], row, subject.cond)
+            images = subject.driver.decode(x0)
+            picture, prompt, products = seen.chunk(3, 1)
+            torch.testing.assert_close(products.mean(1), scorer.scores(images, subject.cond.prompts).total)
+        assert picture.square().mean(1).tolist() == pytest.approx([1] * len(x0))
+        assert prompt.square().mean(1).tolist() == pytest.approx([1] * len(x0))
+
+
+@pytest.mark.parametrize("net", [{}, CLIP])
 @pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_a_lora_follows_the_network_s_own_features(family, tmp_path):
+def test_a_lora_follows_what_the_base_promises(family, net, tmp_path):
     """The value reads the base whatever the policy does, and its gradient reaches the policy alone."""
     subject = Subject(family)
     policy = Policy.lora(subject.pipe, rank=2)
     found, options = read_method(
-        {"use": "vard", "group": 2, "steps": 3, "batch_size": 2, "warmup": 1, "value": {"width": 8}}
+        {"use": "vard", "group": 2, "steps": 3, "batch_size": 2, "warmup": 1, "value": {"width": 8} | net}
     )
     bright = FunctionScorer(lambda images, prompts: images.mean((1, 2, 3)))
     method = found(options, policy, Tools(subject.driver, bright))
@@ -345,6 +365,11 @@ def test_a_lora_follows_the_network_s_own_features(family, tmp_path):
         with policy.reference():
             base = method.critic.served(data.traj.x[:, 1], 1, data.traj.cond)
     assert torch.equal(mine, base)
+    method.save(tmp_path)
+    with policy.reference(), torch.no_grad():
+        opened = Served.open(tmp_path / "value", subject.driver, 3)
+        assert torch.equal(opened(data.traj.x[:, 1], 1, data.traj.cond), base)
+    assert (opened.calls, opened.decodes) == (1, int(bool(net)))
 
 
 # steering by it
@@ -417,6 +442,18 @@ def test_what_is_no_value_is_refused(folder, tmp_path):
     with pytest.raises(ValueFunctionError, match="Expected a pipeline like that of the value function"):
         served(Subject("sd").trajectory.x[:, 0], 0, Subject("sd").cond)
     assert issubclass(ValueFunctionError, ValueError)
+
+
+def test_a_value_that_sees_needs_a_clip(tmp_path):
+    for value in ({"net": "clip"}, {"clip": "tiny_clip"}):
+        with pytest.raises(ValueError, match="net: clip to come with clip: the name of a scorer"):
+            ValueBlock(**value)
+    run = {"reward": "verifier", "model": {"use": "tiny-sd"}, "out": str(tmp_path / "run"), "train": {"steps": 1}}
+    run |= {"prompts": {"use": "playground"}, "method": {"use": "vard", "value": CLIP | {"clip": "verifier"}}}
+    with pytest.raises(
+        ConfigError, match="method.value.clip: The scorer 'verifier' has no image features; use one on a CLIP"
+    ):
+        train(run)
 
 
 def test_the_plug_in_value_needs_a_gradient():

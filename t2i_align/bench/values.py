@@ -29,7 +29,6 @@ from t2i_align.training.distributed import ALONE
 from t2i_align.training.run import LORA, MODEL, make_parts
 from t2i_align.values.calibration import calibrate, plot_calibration, within_prompts
 from t2i_align.values.critic import PlugIn
-from t2i_align.values.readers import Source
 from t2i_align.values.value import Served, is_value, load_value
 
 BEGIN, END = "<!-- value calibration: begin -->", "<!-- value calibration: end -->"
@@ -80,7 +79,7 @@ def predict(folder: Path, prompts: int) -> Predicted:
     s, tools = method.settings, method.tools
     table = bench_prompts(prompts, PROMPT_SEED, "heldout", min(prompts // 2, COUNTS["heldout"]))[0]
     data = method.rollout(Ctx(SEED, 0, parts.device), table)
-    source = Source(tools.driver, s.steps, tools.call, method.policy.reference)
+    source = method.critic.source
     value = load_value(folder / "value").to(parts.device)
     served, plugin = Served(value, source, s.batch_size), PlugIn(s.value, source, tools.reward, s.batch_size)
     x, cond, rows = data.traj.x, data.traj.cond, range(data.traj.steps)

@@ -27,6 +27,8 @@ from t2i_align.pipelines.driver import noise_of
 from t2i_align.pipelines.kernels import Gaussian
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
+from t2i_align.rewards.expression import RewardError
+from t2i_align.rewards.features import on_a_clip
 from t2i_align.training import Ctx, Term, TrainingError
 from t2i_align.values.critic import make_critic
 from t2i_align.values.readers import Source
@@ -49,12 +51,22 @@ class VARD(OnPolicy):
 
     settings: VARDSettings
 
+    @classmethod
+    def refuse(cls, settings: VARDSettings, columns: Any) -> str | None:
+        """A value function that looks through a CLIP needs one that can be opened."""
+        if settings.value.clip is not None:
+            try:
+                on_a_clip(settings.value.clip)
+            except RewardError as error:
+                return f"method.value.clip: {error}"
+        return super().refuse(settings, columns)
+
     def __init__(self, settings: VARDSettings, policy: Policy, tools: Tools) -> None:
         super().__init__(settings, policy, tools)
         if settings.value.net == "plugin" and not tools.reward.differentiable:
             raise TrainingError(
-                f"Expected a differentiable reward for value.net=plugin but {tools.reward.name} is none: use features "
-                "or conv, which learn its value."
+                f"Expected a differentiable reward for value.net=plugin but {tools.reward.name} is none: use features, "
+                "conv or clip, which learn its value."
             )
         source = Source(tools.driver, settings.steps, tools.call, policy.reference)
         self.critic = make_critic(settings.value, source, tools.reward, settings.batch_size)

@@ -214,7 +214,7 @@ class Ctx:
         return self.driver.grid(self.steps).steps
 
     def open_value(self, value: Value | str | None) -> Value | None:
-        """A value function from its folder, its network calls counted; a callable as it is."""
+        """A value function from its folder, its network calls and images counted; a callable as it is."""
         if not isinstance(value, str):
             return value
         from t2i_align.values import Served
@@ -223,6 +223,7 @@ class Ctx:
 
         def counted(x: Tensor, row: int, cond: Cond) -> Tensor:
             self.cost.forwards += served.calls * len(x)
+            self.cost.decodes += served.decodes * len(x)
             return served(x, row, cond)
 
         return counted

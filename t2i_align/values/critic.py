@@ -196,16 +196,13 @@ class PlugIn(Critic):
     ends = True
 
     def scaled(self, x: Tensor, row: int, cond: Cond) -> Tensor:
-        driver, steps, call = self.source.driver, self.source.steps, self.source.call
-        if row < driver.grid(steps, **call).steps:
-            with self.source.reference():
-                x = driver.step(x, row, cond, steps, **call).x0
-        with torch.autocast(x.device.type, enabled=False):  # as reward gradients do
-            images = driver.decode(x, straight_through=x.requires_grad and "image_processor" in vars(driver.pipe))
+        images = self.source.promised(x, row, cond)
+        with torch.autocast(x.device.type, enabled=False):
             return (self.reward.scores(images, cond.prompts).total - self.mean) / (self.std or 1.0)
 
 
 def make_critic(block: ValueBlock, source: Source, reward: Scorer, batch_size: int) -> Critic:
-    """The critic of a block."""
+    """The critic of a block. Raises RewardError for a CLIP that cannot be opened."""
+    source = block.connect(source, next(source.driver.network.parameters()).device)
     made: type[Critic] = PlugIn if block.net == "plugin" else Learned
     return made(block, source, reward, batch_size)

@@ -2,15 +2,18 @@
 
     features  the network's own middle layer in one unguided call: mean and spread of each channel over all positions
     conv      the latent itself, at unit noise scale, and the mean of the prompt's embedding over its tokens
+    clip      a CLIP's embeddings of the decoded x0 prediction and of the prompt
 
-`features` costs a network call and sees what the network understands of the prompt; `conv` costs next to nothing.
+`features` costs a network call and sees what the network understands of the prompt; `conv` costs next to nothing;
+`clip` costs a network call, a decode and an encoding, and is far better at telling a prompt's good images from its bad
+ones (docs/training.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 from t2i_align.errors import T2IError
 from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.driver import Driver
+
+if TYPE_CHECKING:
+    from t2i_align.rewards.tower import Tower
 
 OFF = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "distilled_guidance_scale": 1.0, "pag_scale": 0.0}
 
@@ -27,17 +33,30 @@ class ValueFunctionError(T2IError):
 
 
 class Source(NamedTuple):
-    """Where half-made images come from: a driver, the run's number of steps and keywords, and the path of the base."""
+    """Where half-made images come from: a driver, the run's number of steps and keywords, and the path of the base.
+
+    `tower`: the CLIP that `clip` reads by.
+    """
 
     driver: Driver
     steps: int
     call: dict[str, Any]
     reference: Any = nullcontext  # () -> context in which the network is the base
+    tower: Tower | None = None
 
     def angle(self, row: int, x: Tensor) -> Tensor:
         """The noise level (B,) of a row as an angle: 0 without noise, pi / 2 for noise alone."""
         at = self.driver.grid(self.steps, **self.call).level(row, x)
         return torch.atan2(at.sigma, at.alpha).flatten().expand(len(x))
+
+    def promised(self, x: Tensor, row: int, cond: Cond) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of the base's x0 prediction; below all rows of the latents themselves."""
+        driver, steps, call = self.driver, self.steps, self.call
+        if row < driver.grid(steps, **call).steps:
+            with self.reference():
+                x = driver.step(x, row, cond, steps, **call).x0
+        with torch.autocast(x.device.type, enabled=False):  # as reward gradients do
+            return driver.decode(x, straight_through=x.requires_grad and "image_processor" in vars(driver.pipe))
 
 
 def read_latents(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tensor, ...]:
@@ -92,6 +111,16 @@ def read_features(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tens
             f"{len(pooled)}: use net=conv."
         )
     return (pooled.reshape(-1, len(x), pooled.shape[1]).mean(0),)
+
+
+def read_clip(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tensor, ...]:
+    """Embeddings of the promised image and the prompt, and their products (B, 3 D), at unit scale; fp32."""
+    assert source.tower is not None
+    images = source.promised(x, row, cond)
+    with torch.autocast(x.device.type, enabled=False):
+        image, text = source.tower.image_features(images), source.tower.text_features(cond.prompts.text)
+    image, text = (part * part.shape[1] ** 0.5 for part in (image, text))  # unit vectors: entries of size 1
+    return (torch.cat([image, text, image * text], 1),)
 
 
 def middle_layer(network: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,21 +23,24 @@ from t2i_align.config import Settings
 from t2i_align.keys import key
 from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.driver import Driver
+from t2i_align.rewards.features import load_clip
 from t2i_align.values.heads import HEADS
-from t2i_align.values.readers import Source, ValueFunctionError, read_features, read_latents
+from t2i_align.values.readers import Source, ValueFunctionError, read_clip, read_features, read_latents
 
 WEIGHTS, NOTE = "value.safetensors", "value.json"
-READ = {"features": read_features, "conv": read_latents}
+READ = {"features": read_features, "conv": read_latents, "clip": read_clip}
 WAVES = 8  # of the noise level's embedding
 
 
 class ValueBlock(Settings):
     """A value function and how it is learned."""
 
-    net: Literal["features", "conv", "plugin"] = Field(
+    net: Literal["features", "conv", "clip", "plugin"] = Field(
         "features",
-        description="reads the network's middle layer, or the latent; `plugin`, nothing learned: the reward of x0hat",
+        description="reads the network's middle layer, the latent, or a CLIP's view of the decoded x0 prediction; "
+        "`plugin`, nothing learned: its reward",
     )
+    clip: str | None = Field(None, description="scorer on a CLIP, such as `clip`, whose CLIP net=clip looks through")
     head: Literal["regression", "hl_gauss", "quantile"] = Field("regression", description="what it predicts")
     width: int = Field(128, gt=0, description="channels of its own layers")
     learning_rate: float = Field(1e-3, gt=0, description="of its AdamW")
@@ -45,6 +48,19 @@ class ValueBlock(Settings):
     memory: int = Field(8, gt=0, description="last rounds that it learns from; checkpoints hold what it saw of them")
     epochs: int = Field(2, gt=0, description="passes over their latents per round")
     batch_size: int = Field(128, gt=0, description="latents of an update of it")
+
+    @model_validator(mode="after")
+    def _eyes(self) -> ValueBlock:
+        if (self.net == "clip") != (self.clip is not None):
+            raise ValueFunctionError(
+                "Expected net: clip to come with clip: the name of a scorer on a CLIP, such as tiny_clip, and neither "
+                "without the other."
+            )
+        return self
+
+    def connect(self, source: Source, device: torch.device) -> Source:
+        """A source with what the net reads by. Raises RewardError for a CLIP that cannot be opened."""
+        return source if self.clip is None else source._replace(tower=load_clip(self.clip, device))
 
 
 class Level(nn.Module):
@@ -60,7 +76,7 @@ class Level(nn.Module):
 
 
 class FeatureTrunk(nn.Module):
-    """Two layers on pooled features (B, F)."""
+    """Two layers on features (B, F)."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
@@ -111,7 +127,7 @@ class Value(nn.Module):
     def __init__(self, block: ValueBlock, dims: Sequence[int], seed: int = 0) -> None:
         super().__init__()
         self.block, self.dims = block, tuple(dims)
-        trunk: Any = FeatureTrunk if block.net == "features" else ConvTrunk
+        trunk: Any = ConvTrunk if block.net == "conv" else FeatureTrunk
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "value"))
             self.trunk = trunk(*self.dims, block.width)
@@ -173,7 +189,7 @@ def load_value(folder: str | Path) -> Value:
 class Served:
     """A value function at work on a pipeline: latents (B, ...), their row, condition -> V (B,), in the reward's unit.
 
-    Differentiable by the latents. A value that reads the network's features makes `calls` network calls per latent.
+    Differentiable by the latents. Per latent it makes `calls` network calls and `decodes` images.
     """
 
     value: Value
@@ -183,13 +199,19 @@ class Served:
     @classmethod
     def open(cls, folder: str | Path, driver: Driver, steps: int, batch_size: int = 16) -> Served:
         """The value function of a folder, on a driver's runs of so many steps."""
-        value = load_value(folder).to(next(driver.network.parameters()).device)
-        return cls(value, Source(driver, steps, {}), batch_size)
+        device = next(driver.network.parameters()).device
+        value = load_value(folder).to(device)
+        return cls(value, value.block.connect(Source(driver, steps, {}), device), batch_size)
 
     @property
     def calls(self) -> int:
         """Network calls per latent."""
-        return int(self.value.block.net == "features")
+        return int(self.value.block.net in ("features", "clip"))
+
+    @property
+    def decodes(self) -> int:
+        """Decoded images per latent."""
+        return int(self.value.block.net == "clip")
 
     def see(self, x: Tensor, row: int, cond: Cond) -> tuple[Tensor, ...]:
         """What the value function reads of latents.
