@@ -515,6 +515,30 @@ def test_columns_of_several_types_are_written_as_before(tmp_path, suffix):
         assert table[4500] == {"n": "4500", "mixed": "x", "late": "2.5", "list": "[4500]", "new": "True"}
 
 
+def test_values_that_parquet_has_no_type_for_become_text(tmp_path):
+    rows = [{"hash": 2**64 - 1 - n, "meta": {}, "deep": [{"x": {}}], "late": 2**60 + n} for n in range(5000)]
+    rows[4999] |= {"meta": {"a": 1}, "late": 0.5}
+    rows[0] |= {"meta": None}
+    write_table(rows, tmp_path / "t.parquet")
+    table = table_in(tmp_path / "t.parquet")
+    assert table[0] == {"hash": str(2**64 - 1), "meta": None, "deep": '[{"x": {}}]', "late": str(2**60)}
+    assert (table[1]["meta"], table[4999]["meta"], table[4999]["late"]) == ("{}", '{"a": 1}', "0.5")
+
+
+def test_a_table_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
+    from t2i_align.data import tables
+
+    out = tmp_path / "out.parquet"
+    score(pictures(tmp_path / "in", 2), out)
+    before = out.read_bytes()
+    monkeypatch.setattr(tables, "_array", lambda values, kind=None: values[10**9])
+    with pytest.raises(IndexError):
+        score(pictures(tmp_path / "in", 3), out, overwrite=True)
+    assert out.read_bytes() == before
+    monkeypatch.undo()
+    assert len(score(pictures(tmp_path / "in", 3), out, Interrupted(at=1), resume=True)) == 3
+
+
 def test_dates_of_a_parquet_table_travel_along_and_bytes_do_not(tmp_path):
     import datetime
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from t2i_align.data.tables import blocks, replace_safely, write_table
+from t2i_align.data.tables import blocks, replace_safely, write_beside
 from t2i_align.errors import T2IError
 from t2i_align.progress import Progress
 from t2i_align.rewards import Scorer
@@ -217,10 +217,11 @@ def _finish(out: Path, job: str, settings: dict[str, Any], total: int) -> None:
     parts = Parts(_partial(out))
     if len(parts) != total:
         raise T2IError(f"Expected {total} rows but scored {len(parts)}: the input changed meanwhile; start again.")
+    written = write_beside(parts, out)
     out.unlink(missing_ok=True)  # an older table must never stand beside this job's record
     _write_durably(_record(out), yaml.safe_dump({**settings, "job": job}, sort_keys=False))
     _write_durably(out.with_name(out.stem + ".environment.json"), json.dumps(environment(), indent=2) + "\n")
-    write_table(parts, out)
+    replace_safely(written, out)
     discard(_partial(out))
 
 
