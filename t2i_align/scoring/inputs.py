@@ -38,10 +38,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an input, read anew each time one goes through them, so that no table is held in memory."""
+    """The rows of an input, read anew each time one goes through them, so that no table is held in memory.
+
+    `table` is the file that they are read from, if it is one.
+    """
 
     layout: str
     read: Callable[[], Iterator[Row]]
+    table: Path | None = None
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
@@ -131,7 +135,7 @@ def _table(path: Path, prompt: str | None) -> Rows:
     if odd is not None:
         raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got a {type(odd).__name__}.")
     text = next((name for name in PROMPT_COLUMNS if name in names), None)
-    return Rows("table", partial(_table_rows, path, torn, image, text, prompt))
+    return Rows("table", partial(_table_rows, path, torn, image, text, prompt), path)
 
 
 def _table_rows(path: Path, torn: bool, image: str, text: str | None, prompt: str | None) -> Iterator[Row]:
