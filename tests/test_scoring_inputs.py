@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from test_scoring import SETTINGS, Brightness, brightness, picture, score, table
 from t2i_align.data.files import braces, open_bytes, tar_index, walk
 from t2i_align.errors import T2IError
 from t2i_align.scoring import open_rows, read_rows, score_file
+from t2i_align.scoring.views import write_pairs
 
 
 def told(rows):
@@ -192,6 +194,30 @@ def test_braces():
     assert braces("x-{8..10}.tar") == ["x-8.tar", "x-9.tar", "x-10.tar"]
     assert braces("{a,b}/{00..01}") == ["a/00", "a/01", "b/00", "b/01"]
     assert braces("plain") == ["plain"]
+
+
+def test_tables_and_pairs_in_linked_folders_name_files_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("deep/a/b", "far/away/c"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/a/b")
+    (tmp_path / "other").symlink_to("far/away/c")
+    for n in range(2):
+        picture(tmp_path / "in" / f"{n}.png", 50 * n + 50)
+    (tmp_path / "blob").write_bytes(shard(tmp_path / "y.tar", {"2.png": png(200)}).read_bytes())
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/x.tar").symlink_to("../blob")
+    for source, wanted in (("in", [50, 100]), ("shards", [200])):
+        table = score(open_rows(source, "p"), Path("link/s.jsonl"), overwrite=True)
+        assert table[0]["image"].startswith(f"../../../{source}/")
+        assert brightness(score(open_rows("link/s.jsonl"), Path("other/t.jsonl"), overwrite=True)) == wanted
+        again = score(open_rows("other/t.jsonl"), Path("v.jsonl"), overwrite=True)
+        assert brightness(again) == wanted
+        assert again[0]["image"].startswith(f"{source}/")
+    table = score(open_rows("in", "p"), Path("link/s.jsonl"), overwrite=True)
+    assert write_pairs(table, Path("other/p.jsonl"), "brightness", Path("link/s.jsonl")) == 1
+    (pair,) = table_in(Path("other/p.jsonl"))
+    assert all((Path("other") / pair[name]).is_file() for name in ("image_0", "image_1"))
 
 
 def test_a_shard_cut_short_loses_its_end_and_says_so(tmp_path):

@@ -53,6 +53,16 @@ def braces(pattern: str) -> list[str]:
     return [name for word in words for name in braces(pattern[: found.start()] + word + pattern[found.end() :])]
 
 
+def relative_path(path: Path, folder: Path) -> str:
+    """A path as one from a folder, right also where links lead to the folder or away before a `..`.
+
+    The system follows links before it goes up, `os.path.relpath` does not. Other links stay in the path: what a shard
+    is called must not change.
+    """
+    last = max((number for number, part in enumerate(path.parts, start=1) if part == ".."), default=0)
+    return os.path.relpath(Path(*path.parts[:last]).resolve().joinpath(*path.parts[last:]), folder.resolve())
+
+
 def split_member(path: str | Path) -> tuple[Path, str] | None:
     """`shards/000.tar/key.jpg` -> (`shards/000.tar`, `key.jpg`); None for a path that names no member of a tar."""
     head, separator, member = str(path).replace(os.sep, "/").partition(".tar/")

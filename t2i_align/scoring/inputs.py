@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.config import nearest
-from t2i_align.data.files import braces
+from t2i_align.data.files import braces, relative_path
 from t2i_align.data.images import walk_images
 from t2i_align.data.tables import json_line, printable, stream_table
 from t2i_align.errors import T2IError
@@ -167,4 +166,4 @@ def survey(rows: Iterable[Row], out: str | Path) -> Survey:
 
 def path_from(out: str | Path, image: Path) -> str:
     """The image's path as the table names it: relative to the table, so that the table can be scored again."""
-    return str(image) if image.is_absolute() else os.path.relpath(image, Path(out).parent)
+    return str(image) if image.is_absolute() else relative_path(image, Path(out).parent)
