@@ -6,6 +6,7 @@ import io
 import os
 import posixpath
 import re
+import stat
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -67,6 +68,17 @@ def split_member(path: str | Path) -> tuple[Path, str] | None:
     """`shards/000.tar/key.jpg` -> (`shards/000.tar`, `key.jpg`); None for a path that names no member of a tar."""
     head, separator, member = str(path).replace(os.sep, "/").partition(".tar/")
     return (Path(head + ".tar"), member) if separator and Path(head + ".tar").is_file() else None
+
+
+def file_state(path: str | Path) -> tuple[int, int] | None:
+    """Size and time of change (ns) of the file, shard or table that `open_bytes` reads; None where there is no file."""
+    cell = split_cell(path)
+    file, *_ = cell or split_member(path) or (Path(path),)
+    try:
+        about = file.stat()
+    except (OSError, ValueError):
+        return None
+    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else None
 
 
 def open_bytes(path: str | Path) -> Path | io.BytesIO:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.config import nearest
-from t2i_align.data.files import braces, relative_path
+from t2i_align.data.files import braces, file_state, relative_path
 from t2i_align.data.images import walk_images
 from t2i_align.data.tables import json_line, printable, stream_table
 from t2i_align.errors import T2IError
@@ -146,22 +146,27 @@ def _table_rows(path: Path, torn: bool, image: str, text: str | None, prompt: st
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the rows tells: how many, how many with a prompt, and a digest of them all."""
+    """What one pass over the rows tells: how many, how many with a prompt, and digests.
+
+    `digest` is of the rows, `files` of the size and time of change of their image files.
+    """
 
     rows: int
     prompted: int
     digest: str
+    files: str
 
 
 def survey(rows: Iterable[Row], out: str | Path) -> Survey:
     """Go through the rows once without opening an image."""
-    number, prompted, digest = 0, 0, sha256()
+    number, prompted, digest, files = 0, 0, sha256(), sha256()
     for row in rows:
         number += 1
         prompted += row.prompt is not None
         said = {"image": path_from(out, row.image), "prompt": row.prompt, "rest": row.rest, "problem": row.problem}
         digest.update(json_line(printable(said)).encode())
-    return Survey(number, prompted, digest.hexdigest())
+        files.update(f"{file_state(row.image)}\n".encode())
+    return Survey(number, prompted, digest.hexdigest(), files.hexdigest())
 
 
 def path_from(out: str | Path, image: Path) -> str:
