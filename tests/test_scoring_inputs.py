@@ -107,6 +107,16 @@ def test_wrong_prompts_of_hpsv2_are_refused(tmp_path):
             read_rows(tmp_path / "images", prompts=tmp_path / "p.json")
 
 
+@pytest.mark.parametrize("source", ["ours", "ours/prompts.jsonl", "x.tar"])
+def test_prompts_that_would_not_be_used_are_refused(tmp_path, source):
+    picture(tmp_path / "ours" / "a.png", 10)
+    (tmp_path / "ours/prompts.jsonl").write_text('{"image": "a.png", "prompt": "p"}\n')
+    shard(tmp_path / "x.tar", SAMPLES)
+    (tmp_path / "p.json").write_text("{}")
+    with pytest.raises(T2IError, match="for the layout hpsv2 alone"):
+        open_rows(tmp_path / source, prompts=tmp_path / "p.json")
+
+
 def test_compbench(tmp_path):
     for name in ("a red book and a yellow vase_000000", "a red book and a yellow vase_000001", "a cat_dog_000010"):
         picture(tmp_path / "samples" / f"{name}.png", 9)
@@ -194,6 +204,17 @@ def test_braces():
     assert braces("x-{8..10}.tar") == ["x-8.tar", "x-9.tar", "x-10.tar"]
     assert braces("{a,b}/{00..01}") == ["a/00", "a/01", "b/00", "b/01"]
     assert braces("plain") == ["plain"]
+
+
+def test_numbers_that_fall_and_endings_in_capitals(cli, tmp_path):
+    words = ["--rewards", "jpeg_compressibility", "--out", tmp_path / "o.csv"]
+    code, _, err = cli("score", tmp_path / "x-{010..000}.tar", *words)
+    assert code == 2
+    assert "Expected numbers that rise in braces" in err
+    assert len(err.strip().splitlines()) == 1
+    rows = open_rows(shard(tmp_path / "S.TAR", SAMPLES))
+    assert rows.layout == "webdataset"
+    assert brightness(score(rows, tmp_path / "s.jsonl")) == [10, 20, 30, None]
 
 
 def test_tables_and_pairs_in_linked_folders_name_files_that_are_there(tmp_path, monkeypatch):

@@ -41,13 +41,19 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def braces(pattern: str) -> list[str]:
-    """`x-{008..010}.tar` -> three names; `{a,b}` -> two; several groups multiply; without braces the name itself."""
+    """`x-{008..010}.tar` -> three names; `{a,b}` -> two; several groups multiply; without braces the name itself.
+
+    Raises:
+        T2IError: numbers that fall.
+    """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if span:
         first, last = int(span[1]), int(span[2])
+        if last < first:
+            raise T2IError(f"Expected numbers that rise in braces but got {pattern}: write the smaller one first.")
         words = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
     else:
         words = found[1].split(",")
@@ -66,8 +72,9 @@ def relative_path(path: Path, folder: Path) -> str:
 
 def split_member(path: str | Path) -> tuple[Path, str] | None:
     """`shards/000.tar/key.jpg` -> (`shards/000.tar`, `key.jpg`); None for a path that names no member of a tar."""
-    head, separator, member = str(path).replace(os.sep, "/").partition(".tar/")
-    return (Path(head + ".tar"), member) if separator and Path(head + ".tar").is_file() else None
+    text = str(path).replace(os.sep, "/")
+    found = re.search(r"(.*?\.tar)/(.*)", text, re.IGNORECASE | re.DOTALL)
+    return (Path(found[1]), found[2]) if found and Path(found[1]).is_file() else None
 
 
 def file_state(path: str | Path) -> tuple[int, int] | None:

@@ -74,6 +74,7 @@ def open_rows(
         raise T2IError(f"Unknown layout {layout!r}.{nearest(layout, LAYOUTS)} Available: auto, {', '.join(LAYOUTS)}.")
     path = Path(source)
     if path.suffix.lower() in TABLES and not path.is_dir() and layout == "auto":
+        _check_prompts(prompts, "table", source)
         return _table(path, prompt)
     if "{" in str(source) and not path.exists():
         found = [Path(name) for name in braces(str(source))]
@@ -82,17 +83,25 @@ def open_rows(
     else:
         raise T2IError(f"No such file or folder: {source}.")
     kind = detect(found, prompts) if layout == "auto" else layout
+    _check_prompts(prompts, kind, source)
     if kind == "listing":
         name = next((name for name in LISTINGS if (path / name).is_file()), None)
         if name is None:
             raise T2IError(f"Expected {source} to hold {' or '.join(LISTINGS)} but it has none.")
         return _table(path / name, prompt)
-    if prompts is not None and kind != "hpsv2":
-        raise T2IError(f"Expected prompts of their own for the layout hpsv2 alone but {source} is read as {kind!r}.")
     rows = Rows(kind, partial(LAYOUTS[kind], found, prompt, prompts))
     if next(iter(rows), None) is None:
         raise T2IError(f"The folder {source} has no images{'' if kind == 'folder' else f' in the layout {kind!r}'}.")
     return rows
+
+
+def _check_prompts(prompts: str | Path | None, kind: str, source: str | Path) -> None:
+    """Refuse a file of prompts that would not be used."""
+    if prompts is not None and kind != "hpsv2":
+        raise T2IError(
+            f"Expected a file of prompts (--prompts) for the layout hpsv2 alone but {source} is read as {kind!r}: "
+            "leave it out."
+        )
 
 
 def read_rows(source: str | Path, prompt: str | None = None, **options: Any) -> list[Row]:
