@@ -36,7 +36,7 @@ Job = dict[str, Any]  # all that decides the table
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did: rows in the table, images scored by this process now, its seconds, and those it waited."""
+    """What a job did: rows in the table, images scored now by all processes, seconds, and those this process waited."""
 
     rows: int
     scored: int = 0
@@ -147,8 +147,8 @@ def score_file(
     started, before = time.perf_counter(), len(parts)
     with Writer(parts, team.rank) as writer, scoring.precision(), _pillow_without_limit():
         _score_chunks(rows, out, parts, writer, scoring, decoder, batch_size, rows_seen.rows, team)
-    done = Outcome(rows_seen.rows, len(parts) - before, time.perf_counter() - started, decoder.waited)
-    team.wait()
+    scored = team.sum(len(parts) - before)
+    done = Outcome(rows_seen.rows, scored, time.perf_counter() - started, decoder.waited)
     team.once(lambda: _finish(out, job, settings, rows_seen.rows))
     return done
 
