@@ -52,6 +52,7 @@ class Aesthetic(clip.TowerScorer):
     """
 
     name = "aesthetic"
+    without_std = True
     unit: ClassVar[str] = "points"
     license: ClassVar[str] = "Apache-2.0; CLIP MIT"
     source: ClassVar[str] = "github.com/christophschuhmann/improved-aesthetic-predictor"

@@ -38,6 +38,7 @@ class AestheticV25(Scorer):
 
     name = "aesthetic_v2.5"
     differentiable = True
+    without_std = True
     unit: ClassVar[str] = "points"
     license: ClassVar[str] = "AGPL-3.0; SigLIP Apache-2.0"
     source: ClassVar[str] = "github.com/discus0434/aesthetic-predictor-v2-5"

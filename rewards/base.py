@@ -37,6 +37,7 @@ class Scorer(nn.Module):
     differentiable: bool = False  # gradients reach the pixels
     needs_prompt: bool = False
     groupwise: bool = False  # compares images of one prompt: a score depends on the other rows of the call
+    without_std: bool = False  # certainly returns no std; False also where it may or may not
     columns: tuple[str, ...] = ()  # prompt columns read besides the text
     range: tuple[float, float] = (-float("inf"), float("inf"))  # of possible values
     unit: ClassVar[str] = ""

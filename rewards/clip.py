@@ -72,6 +72,7 @@ class CLIP(TowerScorer):
 
     name = "clip"
     needs_prompt = True
+    without_std = True
     unit: ClassVar[str] = "cosine"
     license: ClassVar[str] = "MIT"  # the model card puts deployment out of scope
     source: ClassVar[str] = PUBLISHED

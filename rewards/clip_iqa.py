@@ -50,6 +50,7 @@ class ClipIQA(TowerScorer):
 
     name = "clip_iqa"
     range = (0.0, 1.0)
+    without_std = True
     unit: ClassVar[str] = "probability"
     license: ClassVar[str] = "MIT (CLIP)"
     source: ClassVar[str] = "timm/resnet50_clip.openai"

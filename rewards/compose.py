@@ -29,6 +29,7 @@ class Composite(Scorer):
         self.differentiable = all(scorer.differentiable for scorer in self.members)
         self.needs_prompt = any(scorer.needs_prompt for scorer in self.members)
         self.groupwise = any(scorer.groupwise for scorer in self.members)
+        self.without_std = all(scorer.without_std for scorer in self.members)
         self.columns = tuple(dict.fromkeys(column for scorer in self.members for column in scorer.columns))
 
     @property
@@ -133,6 +134,7 @@ class FunctionScorer(Scorer):
     """
 
     summary = "a Python callable"
+    without_std = True
     function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any], name: str | None = None, differentiable: bool = False) -> None:

@@ -54,6 +54,7 @@ class CycleReward(Scorer):
     name = "cyclereward"
     differentiable = True
     needs_prompt = True
+    without_std = True
     unit: ClassVar[str] = "log-odds"
     license: ClassVar[str] = "MIT"
     source: ClassVar[str] = "github.com/hjbahng/cyclereward"

@@ -46,7 +46,7 @@ class Ensemble(Composite):
         if len(scorers) < 2:
             raise RewardError(f"Expected {self.function}(...) to have 2 or more members but got {len(scorers)}.")
         super().__init__(scorers, call_name(self.function, scorers, **options))
-        self.ddof = int(ddof)
+        self.ddof, self.without_std = int(ddof), False
         self.range = (min(s.range[0] for s in scorers), max(s.range[1] for s in scorers))
 
     def combine(self, measured: Measured, prompts: Prompts) -> Scores:
@@ -140,14 +140,19 @@ class Pessimist(Composite):
         options = {**said, **({"ddof": int(ddof)} if ddof else {})}
         name = call_name(self.function, scorers, **options)
         super().__init__([scorers[0] if len(scorers) == 1 else Mean(*scorers, ddof=ddof)], name)
+        if self.without_std:
+            raise self._no_std()
+
+    def _no_std(self) -> RewardError:
+        return RewardError(
+            f"{self.name!r} needs a std and its member has none: give it several members, a scorer that returns "
+            "(mean, std), or consistent(...)."
+        )
 
     def combine(self, measured: Measured, prompts: Prompts) -> Scores:
         (scores,) = self.combined(measured, prompts)
         if scores.std is None:
-            raise RewardError(
-                f"{self.name!r} needs a std and its member has none: give it several members, a scorer that returns "
-                "(mean, std), or consistent(...)."
-            )
+            raise self._no_std()
         return Scores(scores.total - self.penalty(scores.std), scores.parts, scores.std)
 
     def penalty(self, std: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def on_a_clip(name: str) -> type[TowerScorer]:
     if not issubclass(found, TowerScorer):
         raise RewardError(f"The scorer {name!r} has no image features; use one on a CLIP, such as 'tiny_clip'.")
     if missing := found.missing():
-        raise RewardError(f"The features {name!r} cannot be used: {missing}")
+        raise RewardError(f"The CLIP of {name!r} cannot be opened: {missing}")
     return found
 
 

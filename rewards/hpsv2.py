@@ -41,6 +41,7 @@ class HPSv2(TowerScorer):
     name = "hpsv2"
     needs_prompt = True
     range = (-1.0, 1.0)
+    without_std = True
     unit: ClassVar[str] = "cosine"
     license: ClassVar[str] = "Apache-2.0"
     source: ClassVar[str] = PUBLISHED

@@ -56,6 +56,7 @@ class ImageReward(Scorer):
     name = "image_reward"
     differentiable = True
     needs_prompt = True
+    without_std = True
     unit: ClassVar[str] = "sd of raw scores"
     source: ClassVar[str] = PUBLISHED.repo
     files: ClassVar[tuple[WeightFile, ...]] = (PUBLISHED, VOCABULARY)

@@ -20,6 +20,7 @@ class JpegIncompressibility(Scorer):
 
     name = "jpeg_incompressibility"
     range = (0.0, float("inf"))
+    without_std = True
     unit = "kB"
     summary = "size of the JPEG file at quality 95"
     tolerance = 0.0

@@ -89,6 +89,7 @@ class Rank(Transform):
     def __init__(self, scorer: Scorer) -> None:
         super().__init__([scorer], call_name("rank", [scorer]))
         self.groupwise, self.differentiable, self.range = True, False, (0.0, 1.0)
+        self.without_std = True
 
     def transform(self, values: Tensor, std: Tensor | None, prompts: Prompts) -> tuple[Tensor, None]:
         return group_rank(values, group_index(prompts).to(values.device)), None

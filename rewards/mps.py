@@ -64,6 +64,7 @@ class MPS(Scorer):
     name = "mps"
     differentiable = True
     needs_prompt = True
+    without_std = True
     unit: ClassVar[str] = "log-odds"
     license: ClassVar[str] = "MIT code; the port states none"
     source: ClassVar[str] = PUBLISHED

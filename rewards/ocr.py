@@ -48,6 +48,7 @@ class OCR(Scorer):
     name = "ocr"
     needs_prompt = True
     range = (0.0, 1.0)
+    without_std = True
     unit: ClassVar[str] = "share"
     source: ClassVar[str] = f"the package {PACKAGE.replace('_', '-')}"
     summary: ClassVar[str] = "how much of the prompt's quoted text can be read in the picture"

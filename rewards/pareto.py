@@ -137,6 +137,7 @@ class Pareto(Composite):
             raise RewardError(f"Expected pareto(...) to have 2 or more members but got {len(scorers)}.")
         super().__init__(scorers, call_name("pareto", scorers))
         self.groupwise, self.differentiable, self.range = True, False, (-float("inf"), 0.5)
+        self.without_std = True
 
     def combine(self, measured: Mapping[Scorer, tuple[Tensor, ...]], prompts: Prompts) -> Scores:
         scored = self.combined(measured, prompts)

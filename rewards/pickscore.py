@@ -34,6 +34,7 @@ class PickScore(TowerScorer):
 
     name = "pickscore"
     needs_prompt = True
+    without_std = True
     unit: ClassVar[str] = "log-odds"
     license: ClassVar[str] = "MIT code; the weights state none"
     source: ClassVar[str] = PUBLISHED

@@ -50,6 +50,7 @@ class Subject(Scorer):
     differentiable = True
     columns = (COLUMN,)
     range = (-1.0, 1.0)
+    without_std = True
     unit: ClassVar[str] = "cosine"
     license: ClassVar[str] = "Apache-2.0 (DINO); MIT (CLIP)"
     source: ClassVar[str] = MODELS["dino"]

@@ -181,7 +181,8 @@ class Tower(nn.Module):
         """Unit vectors (B, D), fp32; each different text is encoded once, and remembered. Warns of texts it cuts."""
         new = [text for text in dict.fromkeys(texts) if text not in self.texts]
         if new:
-            # They are remembered: they must not depend on who asks first.
+            # They are remembered: they must not depend on who asks first, nor on a CPU, whose results depend on the
+            # size of a batch, on which others are new.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 tokens = self.tokenise(new)
                 for text in new:
@@ -190,7 +191,8 @@ class Tower(nn.Module):
                             f"{self.spec.name} reads {tokens.shape[1]} tokens; the rest of {text!r:.80} is not seen.",
                             stacklevel=2,
                         )
-                features = self.encode_text(self.network, tokens.to(self.device))
+                parts = tokens.split(1 if self.device.type == "cpu" else len(tokens))
+                features = torch.cat([self.encode_text(self.network, part.to(self.device)) for part in parts])
                 self.texts |= dict(zip(new, F.normalize(features.float(), dim=-1), strict=True))
         found = torch.stack([self.texts[text] for text in texts])
         for text in list(self.texts)[:-TEXTS]:

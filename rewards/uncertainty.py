@@ -58,7 +58,7 @@ class Consistent(Composite):
         options = {name: value for name, (value, default) in said.items() if value != default}
         super().__init__([scorer], call_name("consistent", [scorer], **options))
         self.views, self.seed, self.ddof, self.augment = int(views), int(seed), int(ddof), augment
-        self.range = scorer.range
+        self.range, self.without_std = scorer.range, False
 
     def leaves(self) -> list[Scorer]:
         return [*super().leaves(), self]

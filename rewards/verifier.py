@@ -73,6 +73,7 @@ class Verifier(Scorer):
     name = "verifier"
     needs_prompt = True
     range = (0.0, 1.0)
+    without_std = True
     unit = "fraction of facts"
     summary = "the playground's gold reward: exact fact check of a caption"
     tolerance = 0.0

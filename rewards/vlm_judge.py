@@ -72,6 +72,7 @@ class VLMJudge(Scorer):
     name = "vlm_judge"
     needs_prompt = True
     tolerance: ClassVar[float] = 0.0
+    without_std = True
     unit: ClassVar[str] = "probability or points"
     license: ClassVar[str] = "the model's"
     source: ClassVar[str] = "an endpoint"

@@ -42,6 +42,7 @@ class VLMRM(clip.TowerScorer):
     name = "vlm_rm"
     needs_prompt = True
     range = (-1.0, 1.0)
+    without_std = True
     unit: ClassVar[str] = "cosine"
     license: ClassVar[str] = "MIT"
     source: ClassVar[str] = clip.PUBLISHED

@@ -70,6 +70,7 @@ class VQAScore(Scorer):
     differentiable = True
     needs_prompt = True
     range = (0.0, 1.0)
+    without_std = True
     unit: ClassVar[str] = "root of a probability"
     source: ClassVar[str] = "zhiqiulin/clip-flant5-xxl"
     summary: ClassVar[str] = "how surely CLIP-FlanT5 says that the picture shows the prompt"

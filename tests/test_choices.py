@@ -246,6 +246,7 @@ def test_two_rounds_by_the_command_line(rounds, cli, monkeypatch):
     ("changes", "said"),
     [
         ({"method.choices": "nowhere"}, "Expected nowhere to be a folder that"),
+        ({"method.discount": 1.0}, "expected 0 for a person's choices, which have no std"),
         ({"method.steps": 9}, "The images of round0 have steps 3, not 9"),
         ({"method.kernel": "ddim(0.5)"}, "have kernel ddim(1.0), not ddim(0.5)"),
         ({"model.call": {}}, "guidance_scale: round0 was drawn with 2.0, but here it is None"),

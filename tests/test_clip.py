@@ -425,3 +425,13 @@ def test_open_clip_features_are_the_librarys_own(pool):
     for rows in (slice(0, 2), slice(0, 3)):
         found, expected = encoders.open_clip_text(network, tokens[rows]), network.encode_text(tokens[rows])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_s_features_do_not_depend_on_which_others_are_new():
+    texts = [str(scene.caption) for scene in ScenePool(6, seed=1).scenes]
+    tower = CLIP(f"local-dir:{CLIP_FOLDER}").tower
+    tower.texts.clear()
+    together = tower.text_features(texts)
+    tower.texts.clear()
+    alone = torch.cat([tower.text_features([text]) for text in reversed(texts)]).flip(0)
+    assert torch.equal(together, alone)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from t2i_align.rewards import FunctionScorer, RewardError, Scorer, load_reward
+from t2i_align.rewards import SCORERS, FunctionScorer, RewardError, Scorer, load_reward, scorer_class
 from t2i_align.rewards.ensemble import (
     LowerBound,
     Mean,
@@ -122,8 +122,35 @@ def test_the_std_is_the_law_of_total_variance():
 def test_a_lower_bound_takes_the_scorers_own_std_and_keeps_it():
     scores = LowerBound(Unsure(1.0, 3.0, "a"), k=2).scores(IMAGES)
     assert (scores.total[0].item(), scores.std[0].item()) == (-5.0, 3.0)
+
+
+class Silent(Scorer):
+    """Does not say whether it has a std, and has none."""
+
+    name = "silent"
+
+    def forward(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", [LowerBound, VariancePenalty])
+def test_a_penalty_without_a_std_is_refused_before_an_image_is_read_where_that_is_known(kind):
+    for scorer in (level(1.0), 2 * level(1.0) + level(2.0), SoftMin(level(1.0), level(2.0))):
+        with pytest.raises(RewardError, match="needs a std"):
+            kind(scorer)
+    for word in ("lcb(verifier, k=1)", "uwo(clamp(jpeg_compressibility))"):
+        with pytest.raises(RewardError, match="needs a std"):
+            load_reward(word)
     with pytest.raises(RewardError, match="needs a std"):
-        LowerBound(level(1.0)).scores(IMAGES)
+        kind(Silent()).scores(IMAGES)
+    for scorer in (Consistent(level(1.0)), level(1.0) + Unsure(1.0, 3.0, "a"), Mean(level(1.0), level(2.0))):
+        assert kind(scorer).scores(IMAGES).std is not None
+
+
+def test_the_scorers_of_the_table_say_whether_they_have_a_std():
+    for name in SCORERS:
+        found = scorer_class(name)
+        assert found.without_std == (found.forward.__annotations__["return"] == "Tensor"), name
 
 
 def test_the_std_flows_through_sums_and_objectives():

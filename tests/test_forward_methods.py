@@ -300,6 +300,8 @@ def test_what_dpo_cannot_learn_from_is_refused_before_anything_is_loaded(tmp_pat
     with pytest.raises(ConfigError, match="use: pairs with path, or method.online=true"):
         load_run(config)
     assert load_run(config, ["method.online=true"]).method["online"]
+    with pytest.raises(ConfigError, match="expected 0 for given preferences, which have no std"):
+        load_run(config, ["method.discount=1"])
     with pytest.raises(ConfigError, match="No such file or folder"):
         load_run(config, ["prompts.use=pairs", "prompts.path=nowhere.jsonl"])
     with pytest.raises(ConfigError, match="columns and root beside use: pairs"):

@@ -24,6 +24,7 @@ from t2i_align.training import Ctx, TrainingError, fit
 from t2i_align.training.blocks import load_run
 from t2i_align.training.checkpoints import State
 from t2i_align.training.honest import Honest
+from t2i_align.training.method import Method
 from tests.test_run import here, rows, run  # noqa: F401 (a fixture)
 from tests.test_train import Regression, settings, stop_at
 from tests.test_train import rows as regression_rows
@@ -195,24 +196,38 @@ def test_a_run_beyond_its_budget_ends_and_keeps_what_was_within(here):  # noqa: 
     assert "step 0, the last within the budget" in Path("run/README.md").read_text()
 
 
+class Patient(Method):
+    """A method whose first updates leave the weights alone."""
+
+    def __init__(self, updates):
+        super().__init__()
+        self.first = updates
+
+    @property
+    def still(self):
+        return self.first
+
+
 @pytest.mark.parametrize(
-    ("budget", "stop", "kept", "stopped"),
+    ("budget", "stop", "still", "kept", "stopped"),
     [
-        ({}, None, None, False),
-        ({"kl": 5}, None, 4, False),
-        ({"kl": 3}, None, 2, True),
-        ({"chi2": 30}, None, 2, True),
-        ({"kl": 9, "chi2": 5}, None, 0, True),
-        ({"kl": 5}, {"watch": "reward", "patience": 3}, 2, False),
-        ({"kl": 1.5}, {"watch": "reward", "patience": 3}, 0, True),
+        ({}, None, 0, None, False),
+        ({"kl": 5}, None, 0, 4, False),
+        ({"kl": 3}, None, 0, 2, True),
+        ({"chi2": 30}, None, 0, 2, True),
+        ({"kl": 9, "chi2": 5}, None, 0, 0, True),
+        ({"kl": 5}, {"watch": "reward", "patience": 3}, 0, 2, False),
+        ({"kl": 1.5}, {"watch": "reward", "patience": 3}, 0, 0, True),
+        ({}, {"watch": "reward", "patience": 1}, 0, 2, True),
+        ({}, {"watch": "reward", "patience": 1}, 4, 2, False),  # nothing has moved yet
     ],
 )
-def test_what_is_kept_within_a_budget(budget, stop, kept, stopped):
+def test_what_is_kept_within_a_budget(budget, stop, still, kept, stopped):
     config = {"method": {"use": "grpo"}, "reward": "verifier", "train": {"steps": 9}}
     block = load_run(config | {"evaluate": {"budget": budget, "stop": stop, "watch": []}})
     drift = ((0, 0.0, 0.0, 1.0), (2, 2.0, 20.0, 3.0), (4, 4.0, 60.0, 2.0))
     seen = [{"step": step, "kl": kl, "chi2": chi2, "reward": reward} for step, kl, chi2, reward in drift]
-    watcher = Honest(block, Path(), None, None, None, {}, None, None, seen)
+    watcher = Honest(block, Path(), None, Patient(still), None, {}, None, None, seen)
     assert (watcher.best or {}).get("step") == kept
     assert watcher.stopped == stopped
 

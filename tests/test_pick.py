@@ -88,6 +88,9 @@ def test_judged_samples_resume_and_do_not_depend_on_what_was_there(tmp_path):
     assert (tmp_path / "a" / "00000.npz").read_bytes() == before
     assert (again.pixels == whole.pixels).all()
     assert (again.gold == whole.gold).all()
+    fewer = judge_samples(pipe, prompts[:17], styles, 0, tmp_path / "a")  # the second file had two prompts
+    assert fewer.pixels.shape == (17, 3, 64, 64, 3)
+    assert (judge_samples(pipe, prompts, styles, 0, tmp_path / "a").pixels == whole.pixels).all()
     scores = load_reward("verifier").scores(whole.images(slice(None)).flatten(0, 1), np.repeat(prompts, 3).tolist())
     assert scores.total.tolist() == pytest.approx(whole.gold.ravel().tolist())
 
@@ -113,9 +116,13 @@ def test_training_learns_the_labels_and_resumes_to_the_same_weights(samples, tmp
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints")
     (tmp_path / "parts" / "checkpoints" / "step-00000030.pt").unlink()
     train_pick(settings, CLIP_FOLDER, samples, tmp_path / "parts", resume=True)
+    paused = train_pick(settings, CLIP_FOLDER, samples, tmp_path / "paused", minutes=0)
+    assert paused.step == 0
+    assert not (tmp_path / "paused" / "tiny-pick").exists()
+    train_pick(settings, CLIP_FOLDER, samples, tmp_path / "paused", resume=True)
     for name in ("open_clip_model.safetensors", "siblings.safetensors"):
-        both = [(tmp_path / run / "tiny-pick" / name).read_bytes() for run in ("whole", "parts")]
-        assert both[0] == both[1]
+        every = [(tmp_path / run / "tiny-pick" / name).read_bytes() for run in ("whole", "parts", "paused")]
+        assert every[0] == every[1] == every[2]
 
 
 def test_the_siblings_are_three_and_their_disagreement_is_the_std(samples):

@@ -13,7 +13,7 @@ from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.rewards import Scorer
 from t2i_align.training.blocks import load_run
 from t2i_align.training.distributed import ALONE
-from t2i_align.training.plan import make_plan
+from t2i_align.training.plan import make_plan, standing
 from t2i_align.training.run import make_parts
 
 ROOT = Path(__file__).parents[1]
@@ -115,3 +115,23 @@ def test_methods_on_gradients_and_finished_images_are_counted_too(settings, draw
     assert (plan.images, plan.drawn, plan.trained) == (12, drawn, trained)
     assert plan.hours > 0
     assert plan.memory.round > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "copies"), [("train.ema=0.9", 1), ("train.elastic_reset=2", 2), ("method.use=nft", 1)]
+)
+def test_copies_of_the_weights_are_counted(change, copies):
+    blocks = {"policy": {"use": "full"}, "reward": "tests.test_plan:Bright", "train": {"steps": 4}}
+    config = CONFIG | blocks | {"method": {"use": "rwr", "group": 2, "batch_size": 2}}
+    plain, more = (make_parts(load_run(config, some), ALONE, toy_pipeline(size=8)) for some in ([], [change]))
+    size = sum(p.numel() * p.element_size() for p in plain.method.policy.trainable())
+    assert standing(more)[1] - standing(plain)[1] == copies * size
+
+
+def test_the_clip_of_a_value_function_is_counted():
+    blocks = {"policy": {"use": "full"}, "reward": "tests.test_plan:Bright"}
+    config = CONFIG | blocks | {"method": {"use": "vard", "batch_size": 4}}
+    clip = ["method.value.net=clip", "method.value.clip=tiny_pick"]
+    plain, more = (make_parts(load_run(config, some), ALONE, toy_pipeline(size=8)) for some in ([], clip))
+    seen = more.method.critic.source.tower.network
+    assert standing(more)[0] - standing(plain)[0] == sum(p.numel() * p.element_size() for p in seen.parameters())

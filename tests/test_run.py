@@ -321,6 +321,14 @@ def test_rewards_that_never_differ_stop_the_run(here):
     assert Path("run/checkpoints/step-00000004.pt").exists()
 
 
+def test_one_image_a_round_has_no_spread_and_ddpo_learns_from_its_prompt_s_others(here):
+    Path("prompts.txt").write_text("0\n")
+    ddpo = {"use": "ddpo", "group": 1, "steps": 3, "batch_size": 1, "min_count": 4}
+    done = run(changes={"method": ddpo, "prompts.per_round": 1, "train.steps": 8})
+    assert done.step == 8
+    assert all("reward_spread" not in row for row in rows("run"))
+
+
 def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
     pipe = toy_pipeline(size=8)
     true = pipe.denoiser.forward

@@ -102,9 +102,12 @@ def test_the_command_trains_measures_saves_and_opens(cli, folder, tmp_path):
     assert "--resume" in err
 
 
-def test_a_run_that_was_killed_ends_with_the_same_weights(folder, tmp_path):
-    noisy = {"path": str(folder / "pairs.jsonl"), "batch": 8, "noise": 0.05, "micro_batch": 3}
-    whole = config(folder, tmp_path / "whole", data=noisy, train={"steps": 4, "ema": 0.5, "checkpoint_every": 2})
+@pytest.mark.parametrize("scorer", [{}, HEAD])
+def test_a_run_that_was_killed_ends_with_the_same_weights(folder, tmp_path, scorer):
+    """A frozen CLIP's features too, of which a resumed run has others to encode."""
+    noisy = {"path": str(folder / "pairs.jsonl"), "batch": 8, "noise": 0 if scorer else 0.05, "micro_batch": 3}
+    often = {"steps": 4, "ema": 0.5, "checkpoint_every": 2, "learning_rate": 0.01 if scorer else 1e-4}
+    whole = config(folder, tmp_path / "whole", scorer=scorer, data=noisy, train=often)
     train_scorer(whole)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     (tmp_path / "parts" / "checkpoints" / "step-00000004.pt").unlink()

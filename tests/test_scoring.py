@@ -166,8 +166,8 @@ def test_the_written_table_is_the_returned_one(tmp_path, suffix):
     assert list(table[0]) == ["image", "prompt", "brightness", "error"]
     assert {p.name for p in out.parent.iterdir()} == {out.name, "scores.config.yaml", "scores.environment.json"}
     record = yaml.safe_load((out.parent / "scores.config.yaml").read_text())
-    assert record.pop("job")
-    assert record == SETTINGS
+    assert record.pop("job")["rewards"] == SETTINGS["rewards"]
+    assert record == SETTINGS | {"table": out.name}
 
 
 def test_a_written_table_can_be_scored_again(tmp_path):
@@ -430,6 +430,19 @@ def test_bf16_runs_matrix_products_in_bfloat16(tmp_path):
         score_rows(rows, [scorer], dtype="fp16")
 
 
+def test_a_report_that_fails_is_a_note_and_the_rest_goes_on(tmp_path):
+    class Telling(Brightness):
+        def explain(self, image, prompt):
+            if image.mean() < 50:
+                raise ValueError("too\ndark")
+            return f"{image.mean():.0f} of 255"
+
+    table = score(pictures(tmp_path, 2), tmp_path / "o.jsonl", Telling(), explain=True)
+    assert brightness(table) == [36, 72]
+    assert [row["brightness_report"] for row in table] == ["no report: ValueError: too dark", "72 of 255"]
+    assert [row["error"] for row in table] == [None, None]
+
+
 def test_animated_and_turned_images_carry_a_note(tmp_path):
     frames = [Image.new("RGB", (8, 6), (level,) * 3) for level in (50, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
@@ -515,6 +528,31 @@ def test_columns_of_several_types_are_written_as_before(tmp_path, suffix):
         assert table[4500] == {"n": "4500", "mixed": "x", "late": "2.5", "list": "[4500]", "new": "True"}
 
 
+def test_values_that_parquet_has_no_type_for_become_text(tmp_path):
+    rows = [{"hash": 2**64 - 1 - n, "meta": {}, "deep": [{"x": {}}], "late": 2**60 + n} for n in range(5000)]
+    rows[4999] |= {"meta": {"a": 1}, "late": 0.5}
+    rows[0] |= {"meta": None}
+    write_table(rows, tmp_path / "t.parquet")
+    table = table_in(tmp_path / "t.parquet")
+    assert table[0] == {"hash": str(2**64 - 1), "meta": None, "deep": '[{"x": {}}]', "late": str(2**60)}
+    assert (table[1]["meta"], table[4999]["meta"], table[4999]["late"]) == ("{}", '{"a": 1}', "0.5")
+
+
+def test_a_table_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
+    from t2i_align.data import tables
+
+    out = tmp_path / "out.parquet"
+    rows = pictures(tmp_path / "in", 3)
+    score(rows[:2], out)
+    before = out.read_bytes()
+    monkeypatch.setattr(tables, "_array", lambda values, kind=None: values[10**9])
+    with pytest.raises(IndexError):
+        score(rows, out, overwrite=True)
+    assert out.read_bytes() == before
+    monkeypatch.undo()
+    assert len(score(rows, out, Interrupted(at=1), resume=True)) == 3
+
+
 def test_dates_of_a_parquet_table_travel_along_and_bytes_do_not(tmp_path):
     import datetime
 
@@ -527,12 +565,12 @@ def test_dates_of_a_parquet_table_travel_along_and_bytes_do_not(tmp_path):
     assert "jpg" not in row
 
 
-def toy_scorers(encode):
+def toy_scorers(encode, resize="shortest"):
     """Two scorers on one tower whose image features are the pixels of its 8x8 input."""
     from t2i_align.rewards.clip import TowerScorer
     from t2i_align.rewards.tower import Preprocessing, Tower, TowerSpec
 
-    preprocessing = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3)
+    preprocessing = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, resize)
     tower = Tower(TowerSpec("toy"), torch.nn.Linear(1, 1), preprocessing, encode, None, None, None)
 
     class Bright(TowerScorer):
@@ -571,6 +609,23 @@ def test_pictures_of_many_sizes_make_one_batch_for_a_tower(tmp_path):
             for scorer in scorers:
                 alone = scorer.scores([row.image], [""]).total.item()
                 assert line[scorer.name] == pytest.approx(alone, rel=1e-5, abs=1e-6)
+
+
+def test_a_tower_that_takes_pictures_as_they_are_gets_those_of_one_size_together(tmp_path):
+    shapes = []
+
+    def encode(network, pixels):
+        shapes.append(tuple(pixels.shape))
+        return pixels.flatten(1)
+
+    scorers = toy_scorers(encode, "none")
+    sizes = [(4, 4), (9, 5), (4, 4), (9, 5)]
+    rows = [Row(picture(tmp_path / f"{n}.png", 50 * n, size), None) for n, size in enumerate(sizes)]
+    table = score_rows(rows, scorers)
+    assert set(shapes) == {(2, 3, 4, 4), (2, 3, 5, 9)}
+    for row, line in zip(rows, table, strict=True):
+        for scorer in scorers:
+            assert line[scorer.name] == pytest.approx(scorer.scores([row.image], [""]).total.item(), abs=1e-6)
 
 
 def test_bf16_gives_towers_weights_of_that_type_for_the_time_of_the_job(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from test_scoring import SETTINGS, Brightness, brightness, picture, score, table
 from t2i_align.data.files import braces, open_bytes, tar_index, walk
 from t2i_align.errors import T2IError
 from t2i_align.scoring import open_rows, read_rows, score_file
+from t2i_align.scoring.views import write_pairs
 
 
 def told(rows):
@@ -105,6 +107,16 @@ def test_wrong_prompts_of_hpsv2_are_refused(tmp_path):
             read_rows(tmp_path / "images", prompts=tmp_path / "p.json")
 
 
+@pytest.mark.parametrize("source", ["ours", "ours/prompts.jsonl", "x.tar"])
+def test_prompts_that_would_not_be_used_are_refused(tmp_path, source):
+    picture(tmp_path / "ours" / "a.png", 10)
+    (tmp_path / "ours/prompts.jsonl").write_text('{"image": "a.png", "prompt": "p"}\n')
+    shard(tmp_path / "x.tar", SAMPLES)
+    (tmp_path / "p.json").write_text("{}")
+    with pytest.raises(T2IError, match="for the layout hpsv2 alone"):
+        open_rows(tmp_path / source, prompts=tmp_path / "p.json")
+
+
 def test_compbench(tmp_path):
     for name in ("a red book and a yellow vase_000000", "a red book and a yellow vase_000001", "a cat_dog_000010"):
         picture(tmp_path / "samples" / f"{name}.png", 9)
@@ -192,6 +204,41 @@ def test_braces():
     assert braces("x-{8..10}.tar") == ["x-8.tar", "x-9.tar", "x-10.tar"]
     assert braces("{a,b}/{00..01}") == ["a/00", "a/01", "b/00", "b/01"]
     assert braces("plain") == ["plain"]
+
+
+def test_numbers_that_fall_and_endings_in_capitals(cli, tmp_path):
+    words = ["--rewards", "jpeg_compressibility", "--out", tmp_path / "o.csv"]
+    code, _, err = cli("score", tmp_path / "x-{010..000}.tar", *words)
+    assert code == 2
+    assert "Expected numbers that rise in braces" in err
+    assert len(err.strip().splitlines()) == 1
+    rows = open_rows(shard(tmp_path / "S.TAR", SAMPLES))
+    assert rows.layout == "webdataset"
+    assert brightness(score(rows, tmp_path / "s.jsonl")) == [10, 20, 30, None]
+
+
+def test_tables_and_pairs_in_linked_folders_name_files_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("deep/a/b", "far/away/c"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/a/b")
+    (tmp_path / "other").symlink_to("far/away/c")
+    for n in range(2):
+        picture(tmp_path / "in" / f"{n}.png", 50 * n + 50)
+    (tmp_path / "blob").write_bytes(shard(tmp_path / "y.tar", {"2.png": png(200)}).read_bytes())
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/x.tar").symlink_to("../blob")
+    for source, wanted in (("in", [50, 100]), ("shards", [200])):
+        table = score(open_rows(source, "p"), Path("link/s.jsonl"), overwrite=True)
+        assert table[0]["image"].startswith(f"../../../{source}/")
+        assert brightness(score(open_rows("link/s.jsonl"), Path("other/t.jsonl"), overwrite=True)) == wanted
+        again = score(open_rows("other/t.jsonl"), Path("v.jsonl"), overwrite=True)
+        assert brightness(again) == wanted
+        assert again[0]["image"].startswith(f"{source}/")
+    table = score(open_rows("in", "p"), Path("link/s.jsonl"), overwrite=True)
+    assert write_pairs(table, Path("other/p.jsonl"), "brightness", Path("link/s.jsonl")) == 1
+    (pair,) = table_in(Path("other/p.jsonl"))
+    assert all((Path("other") / pair[name]).is_file() for name in ("image_0", "image_1"))
 
 
 def test_a_shard_cut_short_loses_its_end_and_says_so(tmp_path):

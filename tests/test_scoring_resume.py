@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_scoring import SETTINGS, Brightness, Interrupted, brightness, interrupt, picture, pictures, score, table_in
+from test_scoring_inputs import png, shard
 
 from t2i_align.errors import T2IError
 from t2i_align.scoring import Processes, Row, open_rows, score_file
@@ -129,19 +130,55 @@ def test_a_different_job_is_refused(tmp_path):
     out = tmp_path / "out.jsonl"
     interrupt(rows, out, at=5)
     before = part(out).read_bytes()
-    for other, settings, more in (
-        (rows[::-1], SETTINGS, {}),
-        (rows[:-1], SETTINGS, {}),
-        ([*rows[:-1], Row(rows[-1].image, "another")], SETTINGS, {}),
-        ([*rows[:-1], Row(rows[-1].image, rows[-1].prompt, {"tag": 1})], SETTINGS, {}),
-        (rows, {"rewards": "verifier"}, {}),
-        (rows, SETTINGS, {"dtype": "bf16"}),
-        (rows, SETTINGS, {"explain": True}),
+    rows_said = "other images, prompts or columns"
+    for other, settings, more, said in (
+        (rows[::-1], SETTINGS, {}, rows_said),
+        (rows[:-1], SETTINGS, {}, rows_said),
+        ([*rows[:-1], Row(rows[-1].image, "another")], SETTINGS, {}, rows_said),
+        ([*rows[:-1], Row(rows[-1].image, rows[-1].prompt, {"tag": 1})], SETTINGS, {}, rows_said),
+        (rows, {"rewards": "verifier"}, {}, r'other rewards \("brightness"\);'),
+        (rows, SETTINGS | {"base": "tiny-sd"}, {}, r"other base \(null\);"),
+        (rows, SETTINGS, {"dtype": "bf16"}, r'other dtype \("fp32"\);'),
+        (rows, SETTINGS, {"explain": True, "max_pixels": 9}, r"other explain \(false\), max_pixels \(89478485\);"),
     ):
-        with pytest.raises(T2IError, match="other images, prompts or rewards"):
+        with pytest.raises(T2IError, match=said):
             score(other, out, settings=settings, resume=True, **more)
         assert part(out).read_bytes() == before
     assert len(score(rows, out, resume=True)) == 10
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_images_that_changed_are_refused(tmp_path, finished):
+    rows = pictures(tmp_path / "in", 10)
+    shards = [Row(shard(tmp_path / "x.tar", {"a.png": png(1)}) / "a.png", None)]
+    for number, (many, change) in enumerate(
+        (
+            (rows, lambda: picture(rows[9].image, 3)),
+            (rows, lambda: os.utime(rows[0].image, (1, 1))),
+            (rows, rows[5].image.unlink),
+            (shards * 10, lambda: shard(tmp_path / "x.tar", {"a.png": png(2)})),
+        )
+    ):
+        out = tmp_path / f"{number}.jsonl"
+        score(many, out) if finished else interrupt(many, out, at=5)
+        score(many, out, resume=True) if finished else None
+        change()
+        with pytest.raises(T2IError, match=r"other sizes or times of image files;"):
+            score(many, out, resume=True)
+    folder = [Row(tmp_path, None)]  # an empty cell of a table: the time of the folder does not count
+    score(folder, tmp_path / "f.jsonl")
+    assert len(score(folder, tmp_path / "f.jsonl", Interrupted(at=1), resume=True)) == 1
+
+
+def test_two_tables_of_one_stem_are_told_apart(tmp_path):
+    rows = pictures(tmp_path / "in", 3)
+    score(rows, tmp_path / "w.parquet", settings={"rewards": "other"})
+    score(rows, tmp_path / "w.csv")
+    before = (tmp_path / "w.parquet").read_bytes()
+    with pytest.raises(T2IError, match=r"w.config.yaml is the record of w.csv"):
+        score(rows, tmp_path / "w.parquet", resume=True)
+    assert (tmp_path / "w.parquet").read_bytes() == before
+    assert len(score(rows, tmp_path / "w.csv", Interrupted(at=1), resume=True)) == 3
 
 
 def test_another_batch_size_may_resume(tmp_path):
@@ -169,7 +206,7 @@ def test_a_finished_table_is_not_replaced_silently(tmp_path):
     out = tmp_path / "out.csv"
     score(rows, out)
     before = out.read_bytes()
-    for how, message in (({}, "already exists"), ({"resume": True}, "not the table of this job")):
+    for how, message in (({}, "already exists"), ({"resume": True}, "not known to be the table of this job")):
         with pytest.raises(T2IError, match=message):
             score(rows[:1], out, **how)
         assert out.read_bytes() == before
@@ -347,8 +384,8 @@ def test_two_processes_of_a_launcher_make_the_table_of_one(tmp_path, cli, monkey
     assert done.returncode == 0, done.stderr
     assert Path("two.csv").read_bytes() == Path("one.csv").read_bytes()
     summary = json.loads(done.stdout)  # one process speaks
-    assert summary["rows"] == 30
-    assert 0 < summary["scored"] < 30  # and the other worked
+    assert summary["rows"] == summary["scored"] == 30  # of both
+    assert "scoring images (2 of 2): 14/14" in done.stderr  # the other worked
     assert not partial(Path("two.csv")).exists()
 
 
@@ -369,6 +406,7 @@ def test_a_job_of_one_process_goes_on_with_two(tmp_path, cli, monkeypatch):
         patch.setattr(Writer, "add", killed)
         assert cli(*WORDS, "two.csv")[0] == 130
     done = launch([*WORDS, "two.csv"], tmp_path, *TORCHRUN.split())
-    assert json.loads(done.stdout.splitlines()[0])["failed"] == 1, done.stderr
+    summary = json.loads(done.stdout.splitlines()[0])
+    assert (summary["failed"], summary["scored"]) == (1, 60 - 3 * 8), done.stderr
     assert "exitcode  : 3" in done.stderr  # a launcher turns the exit code of a failed row into its own
     assert Path("two.csv").read_bytes() == Path("one.csv").read_bytes()

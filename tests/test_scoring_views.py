@@ -184,6 +184,30 @@ def test_bad_options_are_one_sentence(cli, tmp_path, monkeypatch, words, said):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["in", "--out", "s.jsonl", "--pairs", "link/s.jsonl"], "--out and --pairs to be two files"),
+        (["in", "--out", "in/prompts.jsonl"], "the input and --out to be two files"),
+        (["in", "--out", "s.jsonl", "--pairs", "in/prompts.jsonl"], "the input and --pairs"),
+        (["s.top.jsonl", "--out", "s.jsonl", "--top-k", "1"], "the input and the table of --top-k"),
+        (["s.top.jsonl", "--out", "t.csv", "--pairs", "s.top.jsonl"], "the input and --pairs"),
+        (["in", "--out", "s.jsonl", "--top-k", "1", "--pairs", "s.top.jsonl"], "--top-k and --pairs"),
+    ],
+)
+def test_two_files_that_are_one_are_refused(cli, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "in" / "a.png", 5)
+    for listing in ("in/prompts.jsonl", "s.top.jsonl"):
+        write_table([{"image": "a.png", "prompt": "p"}], tmp_path / listing)
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    code, _, err = cli("score", *words, "--rewards", "jpeg_compressibility", "--overwrite")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert said in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+
+
 def test_the_default_limit_of_pixels_is_the_same_everywhere():
     import inspect
 

@@ -336,13 +336,38 @@ def test_what_a_clip_sees():
     for row, x0 in ((0, None), (subject.steps, subject.trajectory.x[:, -1])):
         with torch.no_grad():
             if x0 is None:
-                x0 = subject.driver.step(subject.trajectory.x[:, row], row, subject.cond, subject.steps).x0
+                x0 = subject.driver.step(
+                    subject.trajectory.x[:, row], row, subject.cond, subject.steps, guidance_scale=1.0
+                ).x0
             (seen,) = READ["clip"](source, subject.trajectory.x[:, row], row, subject.cond)
             images = subject.driver.decode(x0)
             picture, prompt, products = seen.chunk(3, 1)
             torch.testing.assert_close(products.mean(1), scorer.scores(images, subject.cond.prompts).total)
         assert picture.square().mean(1).tolist() == pytest.approx([1] * len(x0))
         assert prompt.square().mean(1).tolist() == pytest.approx([1] * len(x0))
+
+
+@pytest.mark.parametrize("net", [{}, CLIP])
+def test_guidance_does_not_change_what_is_read(net):
+    subject = Subject("sd")
+    block, x = ValueBlock(**net), subject.trajectory.x[:, 0]
+    seen = []
+    for scale in (1.0, 6.0):
+        source = Source(subject.driver, subject.steps, {"guidance_scale": scale})
+        with torch.no_grad():
+            seen += READ[block.net](block.connect(source, torch.device("cpu")), x, 0, subject.cond)
+    torch.testing.assert_close(*seen)
+
+
+def test_readings_that_are_no_numbers_are_not_learned_from(tmp_path):
+    method = make()
+    method.collect(context(), Prompts.of(["0"] * 2))
+    critic = method.critic
+    critic.memory[0]["seen0"][3, 1] = math.nan
+    method.collect(context(1), Prompts.of(["0"] * 2))
+    assert all(weight.isfinite().all() for weight in critic.served.value.parameters())
+    found = torch.tensor([[0.5], [math.nan], [1.5]])
+    assert calibrate(found, torch.tensor([0.0, 9.0, 1.0]))[0].bias == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("net", [{}, CLIP])
@@ -446,7 +471,7 @@ def test_what_is_no_value_is_refused(folder, tmp_path):
 
 def test_a_value_that_sees_needs_a_clip(tmp_path):
     for value in ({"net": "clip"}, {"clip": "tiny_clip"}):
-        with pytest.raises(ValueError, match="net: clip to come with clip: the name of a scorer"):
+        with pytest.raises(ValueError, match="Expected value.clip to name a scorer on a CLIP"):
             ValueBlock(**value)
     run = {"reward": "verifier", "model": {"use": "tiny-sd"}, "out": str(tmp_path / "run"), "train": {"steps": 1}}
     run |= {"prompts": {"use": "playground"}, "method": {"use": "vard", "value": CLIP | {"clip": "verifier"}}}

@@ -102,7 +102,8 @@ def train(
         training.run_pick(job, clip or CLIP_FOLDER, prompts)
     else:
         training.run_turbo(job, prompts)
-    print(f"the trained weights are in {out / ('vae' if part is Part.vae else f'tiny-{part.value}')}")
+    made = out / ("vae" if part is Part.vae else f"tiny-{part.value}")
+    print(f"the trained weights are in {made}" if made.is_dir() else "stopped before the end; --resume goes on")
 
 
 @playground.command()

@@ -67,6 +67,9 @@ def score(
         check_output(out, source, resume=resume, overwrite=overwrite)
         _check_views([(gallery, ".html"), (pairs, ".jsonl"), (top, out.suffix)], replace=resume or overwrite)
     rows = open_rows(source, prompt, layout=layout, prompts=prompts)
+    if processes.first:
+        files = {"the input": rows.table or Path(source), "--out": out, "the table of --top-k": top}
+        _check_apart(files | {"--pairs": pairs, "--gallery": gallery})
     seen = survey(rows, out)
     if rows.layout not in ("folder", "table") and processes.first:
         print(f"note: {source} is read in the layout {rows.layout!r}", file=sys.stderr)
@@ -130,6 +133,16 @@ def _check_views(files: list[tuple[Path | None, str]], replace: bool) -> None:
             raise T2IError(f"Expected a file ending in {suffix} but got {path}.")
         if path is not None and path.exists() and not replace:
             raise T2IError(f"{path} already exists; pass --overwrite to replace it or choose another name.")
+
+
+def _check_apart(files: dict[str, Path | None]) -> None:
+    """Refuse two of these that are one file: the later one would replace the earlier."""
+    from t2i_align.errors import T2IError
+
+    names: dict[Path, str] = {}
+    for name, path in files.items():
+        if path is not None and (other := names.setdefault(path.resolve(), name)) != name:
+            raise T2IError(f"Expected {other} and {name} to be two files but both are {path}.")
 
 
 def _write_views(

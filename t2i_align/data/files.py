@@ -6,6 +6,7 @@ import io
 import os
 import posixpath
 import re
+import stat
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -40,23 +41,51 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def braces(pattern: str) -> list[str]:
-    """`x-{008..010}.tar` -> three names; `{a,b}` -> two; several groups multiply; without braces the name itself."""
+    """`x-{008..010}.tar` -> three names; `{a,b}` -> two; several groups multiply; without braces the name itself.
+
+    Raises:
+        T2IError: numbers that fall.
+    """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if span:
         first, last = int(span[1]), int(span[2])
+        if last < first:
+            raise T2IError(f"Expected numbers that rise in braces but got {pattern}: write the smaller one first.")
         words = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
     else:
         words = found[1].split(",")
     return [name for word in words for name in braces(pattern[: found.start()] + word + pattern[found.end() :])]
 
 
+def relative_path(path: Path, folder: Path) -> str:
+    """A path as one from a folder, right also where links lead to the folder or away before a `..`.
+
+    The system follows links before it goes up, `os.path.relpath` does not. Other links stay in the path: what a shard
+    is called must not change.
+    """
+    last = max((number for number, part in enumerate(path.parts, start=1) if part == ".."), default=0)
+    return os.path.relpath(Path(*path.parts[:last]).resolve().joinpath(*path.parts[last:]), folder.resolve())
+
+
 def split_member(path: str | Path) -> tuple[Path, str] | None:
     """`shards/000.tar/key.jpg` -> (`shards/000.tar`, `key.jpg`); None for a path that names no member of a tar."""
-    head, separator, member = str(path).replace(os.sep, "/").partition(".tar/")
-    return (Path(head + ".tar"), member) if separator and Path(head + ".tar").is_file() else None
+    text = str(path).replace(os.sep, "/")
+    found = re.search(r"(.*?\.tar)/(.*)", text, re.IGNORECASE | re.DOTALL)
+    return (Path(found[1]), found[2]) if found and Path(found[1]).is_file() else None
+
+
+def file_state(path: str | Path) -> tuple[int, int] | None:
+    """Size and time of change (ns) of the file, shard or table that `open_bytes` reads; None where there is no file."""
+    cell = split_cell(path)
+    file, *_ = cell or split_member(path) or (Path(path),)
+    try:
+        about = file.stat()
+    except (OSError, ValueError):
+        return None
+    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else None
 
 
 def open_bytes(path: str | Path) -> Path | io.BytesIO:

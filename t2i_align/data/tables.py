@@ -91,13 +91,19 @@ def write_table(rows: Iterable[Row], path: Path) -> None:
     """Write rows as `.jsonl`, `.csv` or `.parquet`: under another name first, then in place, safe against power cuts.
 
     Args:
-        rows: gone through up to twice (to know all columns first), so no iterator.
+        rows: gone through several times (to know all columns first), so no iterator.
         path: the file; its ending decides the format. A csv cell holds a list or mapping as JSON. A parquet column
-            that mixes types becomes text, one without values counts as numbers.
+            that mixes types, or that parquet has no type for, becomes text (lists and mappings JSON); one without
+            values counts as numbers.
     """
+    replace_safely(write_beside(rows, path), path)
+
+
+def write_beside(rows: Iterable[Row], path: Path) -> Path:
+    """The first half of `write_table`: write the rows beside `path`, which stays as it is; returns the file written."""
     temporary = path.with_name(path.name + ".tmp")
     _WRITERS[path.suffix.lower()](rows, temporary)
-    replace_safely(temporary, path)
+    return temporary
 
 
 def replace_safely(temporary: Path, path: Path) -> None:
@@ -159,27 +165,59 @@ def _write_parquet(rows: Iterable[Row], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    kinds: dict[str, Any] = {}
-    for block in blocks(rows, BLOCK):
-        for name in dict.fromkeys(name for row in block for name in row):
-            kinds[name] = _wider(kinds.get(name, pyarrow.null()), _column([row.get(name) for row in block]).type)
-    kinds = {name: pyarrow.float64() if pyarrow.types.is_null(kind) else kind for name, kind in kinds.items()}
+    kinds = _kinds(rows)
     with pyarrow.parquet.ParquetWriter(path, pyarrow.schema(list(kinds.items()))) as writer:
         for block in blocks(rows, BLOCK):
             columns = {name: _column([row.get(name) for row in block], kind) for name, kind in kinds.items()}
             writer.write_table(pyarrow.table(columns))
 
 
-def _column(values: list[Any], kind: Any = None) -> Any:
-    """An arrow column of the type `kind`, or of the one that fits; text where the values are of several types."""
+def _kinds(rows: Iterable[Row]) -> dict[str, Any]:
+    """The arrow type of each column."""
     import pyarrow
 
-    if kind is not None and not pyarrow.types.is_string(kind):
-        return pyarrow.array(values, kind)
+    kinds: dict[str, Any] = {}
+    widened: dict[str, None] = {}
+    for block in blocks(rows, BLOCK):
+        for name in dict.fromkeys(name for row in block for name in row):
+            before, kind = kinds.get(name, pyarrow.null()), _column([row.get(name) for row in block]).type
+            kinds[name] = _wider(before, kind)
+            if before != kind and pyarrow.null() not in (before, kind):
+                widened[name] = None
+    for block in blocks(rows, BLOCK) if widened else ():  # a type that holds two types may not hold all their values
+        for name in widened:
+            if _array([row.get(name) for row in block], kinds[name]) is None:
+                kinds[name] = pyarrow.string()
+    return {name: pyarrow.float64() if pyarrow.types.is_null(kind) else kind for name, kind in kinds.items()}
+
+
+def _column(values: list[Any], kind: Any = None) -> Any:
+    """An arrow column of the type `kind`, or of the one that fits; text where there is none."""
+    import pyarrow
+
+    column = _array(values, kind)
+    if column is None or _is_unwritable(column.type):
+        return pyarrow.array([None if value is None else str(_cell(value)) for value in values], pyarrow.string())
+    return column
+
+
+def _array(values: list[Any], kind: Any = None) -> Any:
+    """An arrow array of the type `kind`, or of the one that fits; None where the values do not fit."""
+    import pyarrow
+
     try:
         return pyarrow.array(values, kind)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-        return pyarrow.array([None if value is None else str(value) for value in values])
+    except (OverflowError, pyarrow.ArrowException):
+        return None
+
+
+def _is_unwritable(kind: Any) -> bool:
+    """Whether it has a mapping without keys, which parquet cannot hold."""
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return not kind.num_fields or any(_is_unwritable(field.type) for field in kind)
+    return types.is_list(kind) and _is_unwritable(kind.value_type)
 
 
 def _wider(first: Any, second: Any) -> Any:
@@ -189,7 +227,7 @@ def _wider(first: Any, second: Any) -> Any:
     try:
         schemas = [pyarrow.schema([("x", kind)]) for kind in (first, second)]
         return pyarrow.unify_schemas(schemas, promote_options="permissive").field("x").type
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+    except pyarrow.ArrowException:
         return pyarrow.string()
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i_align.config import Settings
 from t2i_align.keys import key
@@ -116,12 +116,14 @@ class OnPolicy(Method):
     """Base of methods that learn from images of the current model, or from given ones.
 
     `needs_gradient`: gradients of the reward reach the weights, so that it must be differentiable; `shardable`: its
-    updates make the same passes through the network in all processes, which weights in shards need.
+    updates make the same passes through the network in all processes, which weights in shards need; `averages`: it
+    keeps an average of the weights.
     """
 
     settings: SamplingSettings
     needs_gradient: ClassVar[bool] = False
     shardable: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
 
     def __init__(self, settings: SamplingSettings, policy: Policy, tools: Tools) -> None:
         super().__init__()
@@ -142,6 +144,10 @@ class OnPolicy(Method):
         """Optimiser updates per round of images."""
         return self.settings.epochs * self.settings.minibatches
 
+    def networks(self) -> list[nn.Module]:
+        """What it holds besides the pipeline and the scorers, for the estimate of memory."""
+        return []
+
     def state(self) -> dict[str, Any]:
         """The multipliers of a reward under constraints."""
         reward = self.tools.scorer
@@ -158,7 +164,9 @@ class OnPolicy(Method):
         total, parts = data.scores.total.double().cpu(), data.scores.parts
         groups = total.reshape(-1, data.group) if data.group > 1 else total[None]
         off = groups - groups.nanmean(1, keepdim=True)
-        seen = {"reward": total.nanmean(), "reward_spread": off.square().nanmean().sqrt()}
+        seen = {"reward": total.nanmean()}
+        if groups.shape[1] > 1:  # one image alone has none
+            seen["reward_spread"] = off.square().nanmean().sqrt()
         if len(parts) > 1:
             seen |= {f"reward/{name}": values.double().nanmean() for name, values in parts.items()}
         if data.scores.std is not None:

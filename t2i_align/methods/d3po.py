@@ -13,7 +13,7 @@ by the weights that drew them, and every round goes through some of its prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -70,6 +70,13 @@ class D3PO(OnPolicy):
 
     settings: D3POSettings
     shardable: ClassVar[bool] = True
+
+    @classmethod
+    def refuse(cls, settings: D3POSettings, columns: Collection[str]) -> str | None:
+        """A person's choices have no std."""
+        if settings.choices is not None and settings.discount:
+            return "method.discount: expected 0 for a person's choices, which have no std"
+        return super().refuse(settings, columns)
 
     def __init__(self, settings: D3POSettings, policy: Policy, tools: Tools) -> None:
         super().__init__(settings, policy, tools)

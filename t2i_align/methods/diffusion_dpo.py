@@ -75,6 +75,8 @@ class DiffusionDPO(ForwardProcess):
         """Given pairs need two images a row, single ones one; nothing else is needed online."""
         if settings.online:
             return None if settings.group > 1 else "method.group: expected at least 2 images per prompt to compare"
+        if settings.discount:
+            return "method.discount: expected 0 for given preferences, which have no std, or method.online=true"
         if {"better", "worse"} <= set(columns):
             return None if settings.group == 2 else f"method.group: expected 2 for pairs but got {settings.group}"
         if {"image", "liked"} <= set(columns):

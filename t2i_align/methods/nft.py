@@ -49,6 +49,7 @@ class NFT(ForwardProcess):
     """Negative-aware fine-tuning."""
 
     settings: NFTSettings
+    averages: ClassVar[bool] = True
 
     @property
     def drawing(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i_align.keys import key
 from t2i_align.methods.base import OnPolicy, Rollout, SamplingSettings, Tools
@@ -70,6 +70,16 @@ class VARD(OnPolicy):
             )
         source = Source(tools.driver, settings.steps, tools.call, policy.reference)
         self.critic = make_critic(settings.value, source, tools.reward, settings.batch_size)
+
+    def networks(self) -> list[nn.Module]:
+        """The CLIP that the value function looks through; its own few layers are made in the first round."""
+        tower = self.critic.source.tower
+        return [] if tower is None else [tower.network]
+
+    @property
+    def still(self) -> int:
+        """Updates of the warm-up."""
+        return self.settings.warmup * self.updates
 
     def state(self) -> dict[str, Any]:
         """The value function with its optimiser, besides what all methods keep."""

@@ -80,16 +80,16 @@ def judge_samples(
 ) -> Judged:
     """Draw pictures of every prompt and score them by the verifier.
 
-    The folder keeps one `.npz` file for 16 prompts; those already there are not drawn again, so that a stopped job
-    goes on where it was. A folder serves one set of arguments.
+    The folder keeps one `.npz` file for 16 prompts; those already there are not drawn again unless they are of other
+    prompts, so that a stopped job goes on where it was. A folder serves one set of styles and one seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pixels, gold = [], []
     with Progress(len(prompts), "drawing and judging samples") as progress:
         for first in range(0, len(prompts), CHUNK):
-            path = folder / f"{first:05d}.npz"
-            if not path.exists():
-                _write(path, *_judge(pipe, list(prompts[first : first + CHUNK]), styles, seed))
+            path, some = folder / f"{first:05d}.npz", list(prompts[first : first + CHUNK])
+            if not _has(path, some):
+                _write(path, some, *_judge(pipe, some, styles, seed))
             with np.load(path) as saved:
                 pixels.append(saved["pixels"])
                 gold.append(saved["gold"])
@@ -118,8 +118,16 @@ def _judge(
     return pixels, gold
 
 
-def _write(path: Path, pixels: NDArray[np.uint8], gold: NDArray[np.float32]) -> None:
+def _has(path: Path, prompts: list[str]) -> bool:
+    """Whether a file has the pictures of these prompts."""
+    if not path.exists():
+        return False
+    with np.load(path) as saved:
+        return "prompts" in saved and saved["prompts"].tolist() == prompts
+
+
+def _write(path: Path, prompts: list[str], pixels: NDArray[np.uint8], gold: NDArray[np.float32]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.savez_compressed(file, pixels=pixels, gold=gold)
+        np.savez_compressed(file, prompts=np.array(prompts), pixels=pixels, gold=gold)
     temporary.replace(path)

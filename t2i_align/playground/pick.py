@@ -63,7 +63,10 @@ class PickRecipe(Settings):
 
 
 def train_pick(recipe: PickRecipe, clip: Path, samples: Judged, folder: Path, **options: Any) -> State:
-    """Fine-tune the CLIP in `clip`, train the siblings, write `folder/tiny-pick`, fp16 (options: of `fit`)."""
+    """Fine-tune the CLIP in `clip`, train the siblings, write `folder/tiny-pick`, fp16 (options: of `fit`).
+
+    Where `minutes` stop it, the siblings, who see by the finished CLIP, have to wait.
+    """
     seed, examples = recipe.train.seed, to_examples(samples)
     tower = CLIP(f"local-dir:{clip}").tower
     width = tower.text_features([""]).shape[1]
@@ -71,6 +74,8 @@ def train_pick(recipe: PickRecipe, clip: Path, samples: Judged, folder: Path, **
     method = ScorerTraining(model, examples, ties="drop", noise=recipe.noise, label_noise=recipe.label_noise, seed=seed)
     rows = partial(pick_rows, len(examples), recipe.batch, seed)
     state = fit(method, lambda step: rows(step).tolist(), recipe.train, folder, **options)
+    if state.step < recipe.train.steps:
+        return state
     made = folder / "tiny-pick"
     with state.averaged():
         model.save(folder / "scorer", "tiny_pick", {"use": "tiny_clip", "options": {}}, "preferences")

@@ -111,12 +111,17 @@ def run_clip(job: Job, vae: Path, measure: int) -> None:
 
 
 def run_pick(job: Job, clip: Path, measure: int) -> None:
-    """Draw tiny-sd's pictures, train tiny_pick on them into `out/tiny-pick`, measure it, write its card."""
+    """Draw tiny-sd's pictures, train tiny_pick on them into `out/tiny-pick`, measure it, write its card.
+
+    A run that `minutes` stops has no model yet: siblings are trained on the finished CLIP.
+    """
     teacher = find_pipeline("tiny-sd")
     recipe = job.recipe(PickRecipe, clip=_digest(clip / WEIGHTS), teacher=_digest(teacher / "unet" / UNET))
     folder = job.open(recipe)
     samples = preference_samples(recipe.prompts, recipe.train.seed, "train", folder / "samples")
     state = train_pick(recipe, clip, samples, folder, **job.options())
+    if state.step < recipe.train.steps:
+        return
     made = folder / "tiny-pick"
     metrics = _measure_proxy(TinyPick(made), folder, measure) if measure else {}
     _write_card(made, folder, recipe, state, metrics=metrics)

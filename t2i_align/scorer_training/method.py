@@ -119,10 +119,14 @@ class ScorerTraining(Method):
 
     @torch.no_grad()
     def encoded(self, images: Sequence[int], device: torch.device) -> Tensor:
-        """Features (N, D) of pictures by a frozen CLIP, each encoded once; NaN for those that cannot be read."""
+        """Features (N, D) of pictures by a frozen CLIP, each encoded once; NaN for those that cannot be read.
+
+        On a CPU, where features depend on the size of a batch, one by one: a resumed run has others to encode.
+        """
         new = [row for row in dict.fromkeys(images) if row not in self.features]
-        for first in range(0, len(new), 64):
-            some = new[first : first + 64]
+        size = 1 if device.type == "cpu" else 64
+        for first in range(0, len(new), size):
+            some = new[first : first + size]
             with torch.autocast(device.type, enabled=False):
                 found = self.model.encode_images(self.pictures.get(some).to(device))
             self.features |= dict(zip(some, found, strict=True))

@@ -98,7 +98,7 @@ class Scoring:
             _add_error(row, values)
             return
         row |= values
-        if self.explain and (said := scorer.explain(item.pixels, item.row.prompt or "")):
+        if self.explain and (said := _report(scorer, item)):
             row[f"{scorer.name}_report"] = said
         if values[scorer.name] is None:
             _add_error(row, f"{scorer.name}: the score is not a finite number")
@@ -119,7 +119,7 @@ class Scoring:
                 scores = scorer.combine(measured, prompts)
         except Exception as error:
             if len(able) == 1:
-                return {able[0]: f"{scorer.name}: {type(error).__name__}: {' '.join(str(error).split())}"}
+                return {able[0]: f"{scorer.name}: {_said(error)}"}
             halves = able[: len(able) // 2], able[len(able) // 2 :]
             return {at: v for half in halves for at, v in self._score(scorer, pictures, batch, half).items()}
         named = {**scores.parts, scorer.name: scores.total}
@@ -162,7 +162,12 @@ class Pictures:
         return self.made[able]
 
     def fitted(self, able: tuple[int, ...], preprocessing: Preprocessing) -> list[tuple[list[int], Tensor]]:
-        """The same as one tensor of the size that a tower takes, so that pictures of many sizes make one batch."""
+        """The same as one tensor of the size that a tower takes, so that pictures of many sizes make one batch.
+
+        For a tower that takes pictures as they are it is `by_size`.
+        """
+        if preprocessing.resize == "none":
+            return self.by_size(able)
         key = (able, preprocessing)
         if key not in self.made:
             parts = self.by_size(able)
@@ -220,6 +225,19 @@ def _refusal(scorer: Scorer, row: Row) -> str | None:
     if absent:
         return f"the row has no {', '.join(absent)}"
     return scorer.refuse(row.prompt or "")
+
+
+def _report(scorer: Scorer, item: Decoded) -> str | None:
+    """Why the image scores what it does; what keeps the scorer from saying so does not cost the score."""
+    try:
+        said = scorer.explain(item.pixels, item.row.prompt or "")
+    except Exception as error:
+        said = f"no report: {_said(error)}"
+    return None if said is None else printable(said)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _finite(value: float) -> float | None:

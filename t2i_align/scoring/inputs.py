@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.config import nearest
-from t2i_align.data.files import braces
+from t2i_align.data.files import braces, file_state, relative_path
 from t2i_align.data.images import walk_images
 from t2i_align.data.tables import json_line, printable, stream_table
 from t2i_align.errors import T2IError
@@ -38,10 +37,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an input, read anew each time one goes through them, so that no table is held in memory."""
+    """The rows of an input, read anew each time one goes through them, so that no table is held in memory.
+
+    `table` is the file that they are read from, if it is one.
+    """
 
     layout: str
     read: Callable[[], Iterator[Row]]
+    table: Path | None = None
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
@@ -71,6 +74,7 @@ def open_rows(
         raise T2IError(f"Unknown layout {layout!r}.{nearest(layout, LAYOUTS)} Available: auto, {', '.join(LAYOUTS)}.")
     path = Path(source)
     if path.suffix.lower() in TABLES and not path.is_dir() and layout == "auto":
+        _check_prompts(prompts, "table", source)
         return _table(path, prompt)
     if "{" in str(source) and not path.exists():
         found = [Path(name) for name in braces(str(source))]
@@ -79,17 +83,25 @@ def open_rows(
     else:
         raise T2IError(f"No such file or folder: {source}.")
     kind = detect(found, prompts) if layout == "auto" else layout
+    _check_prompts(prompts, kind, source)
     if kind == "listing":
         name = next((name for name in LISTINGS if (path / name).is_file()), None)
         if name is None:
             raise T2IError(f"Expected {source} to hold {' or '.join(LISTINGS)} but it has none.")
         return _table(path / name, prompt)
-    if prompts is not None and kind != "hpsv2":
-        raise T2IError(f"Expected prompts of their own for the layout hpsv2 alone but {source} is read as {kind!r}.")
     rows = Rows(kind, partial(LAYOUTS[kind], found, prompt, prompts))
     if next(iter(rows), None) is None:
         raise T2IError(f"The folder {source} has no images{'' if kind == 'folder' else f' in the layout {kind!r}'}.")
     return rows
+
+
+def _check_prompts(prompts: str | Path | None, kind: str, source: str | Path) -> None:
+    """Refuse a file of prompts that would not be used."""
+    if prompts is not None and kind != "hpsv2":
+        raise T2IError(
+            f"Expected a file of prompts (--prompts) for the layout hpsv2 alone but {source} is read as {kind!r}: "
+            "leave it out."
+        )
 
 
 def read_rows(source: str | Path, prompt: str | None = None, **options: Any) -> list[Row]:
@@ -131,7 +143,7 @@ def _table(path: Path, prompt: str | None) -> Rows:
     if odd is not None:
         raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got a {type(odd).__name__}.")
     text = next((name for name in PROMPT_COLUMNS if name in names), None)
-    return Rows("table", partial(_table_rows, path, torn, image, text, prompt))
+    return Rows("table", partial(_table_rows, path, torn, image, text, prompt), path)
 
 
 def _table_rows(path: Path, torn: bool, image: str, text: str | None, prompt: str | None) -> Iterator[Row]:
@@ -143,24 +155,29 @@ def _table_rows(path: Path, torn: bool, image: str, text: str | None, prompt: st
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the rows tells: how many, how many with a prompt, and a digest of them all."""
+    """What one pass over the rows tells: how many, how many with a prompt, and digests.
+
+    `digest` is of the rows, `files` of the size and time of change of their image files.
+    """
 
     rows: int
     prompted: int
     digest: str
+    files: str
 
 
 def survey(rows: Iterable[Row], out: str | Path) -> Survey:
     """Go through the rows once without opening an image."""
-    number, prompted, digest = 0, 0, sha256()
+    number, prompted, digest, files = 0, 0, sha256(), sha256()
     for row in rows:
         number += 1
         prompted += row.prompt is not None
         said = {"image": path_from(out, row.image), "prompt": row.prompt, "rest": row.rest, "problem": row.problem}
         digest.update(json_line(printable(said)).encode())
-    return Survey(number, prompted, digest.hexdigest())
+        files.update(f"{file_state(row.image)}\n".encode())
+    return Survey(number, prompted, digest.hexdigest(), files.hexdigest())
 
 
 def path_from(out: str | Path, image: Path) -> str:
     """The image's path as the table names it: relative to the table, so that the table can be scored again."""
-    return str(image) if image.is_absolute() else os.path.relpath(image, Path(out).parent)
+    return str(image) if image.is_absolute() else relative_path(image, Path(out).parent)

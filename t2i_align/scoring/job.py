@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from t2i_align.data.tables import blocks, replace_safely, write_table
+from t2i_align.data.tables import blocks, replace_safely, write_beside
 from t2i_align.errors import T2IError
 from t2i_align.progress import Progress
 from t2i_align.rewards import Scorer
@@ -30,11 +29,14 @@ from t2i_align.scoring.processes import Processes
 OUTPUTS = (".parquet", ".csv", ".jsonl")
 CHUNK_BATCHES = 4  # batches saved together, and within which rows of one prompt are brought together
 MAX_PIXELS = 89_478_485  # Pillow's own limit
+ROWS, FILES = "images, prompts or columns", "sizes or times of image files"
+
+Job = dict[str, Any]  # all that decides the table
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did: rows in the table, images scored by this process now, its seconds, and those it waited."""
+    """What a job did: rows in the table, images scored now by all processes, seconds, and those this process waited."""
 
     rows: int
     scored: int = 0
@@ -101,7 +103,8 @@ def score_file(
         rows: gone through twice, so no iterator.
         scorers: on `device`.
         out: a `.parquet`, `.csv` or `.jsonl` file.
-        settings: written to `STEM.config.yaml`; the keys `rewards` and, if given, `base` decide the scores.
+        settings: written to `STEM.config.yaml` with the table's name; the keys `rewards` and, if given, `base` decide
+            the scores.
         seen: the survey of the rows, if it was made.
         batch_size: images scored together at most.
         workers: decoding threads; by default one per core, at most 8.
@@ -118,8 +121,16 @@ def score_file(
     """
     out, team, rows_seen = Path(out), processes or Processes(), seen or survey(rows, out)
     scoring = Scoring(scorers, torch.device(device), dtype, explain)
-    decisive = [settings["rewards"], settings.get("base"), explain, dtype, max_pixels, rows_seen.digest]
-    job = sha256(json.dumps(decisive).encode()).hexdigest()
+    decisive = {
+        "rewards": settings["rewards"],
+        "base": settings.get("base"),
+        "explain": explain,
+        "dtype": dtype,
+        "max_pixels": max_pixels,
+        ROWS: rows_seen.digest,
+        FILES: rows_seen.files,
+    }
+    job: Job = json.loads(json.dumps(decisive))  # as it is read back
 
     def prepare() -> None:
         check_output(out, settings.get("input", ""), resume=resume, overwrite=overwrite)
@@ -136,35 +147,54 @@ def score_file(
     started, before = time.perf_counter(), len(parts)
     with Writer(parts, team.rank) as writer, scoring.precision(), _pillow_without_limit():
         _score_chunks(rows, out, parts, writer, scoring, decoder, batch_size, rows_seen.rows, team)
-    done = Outcome(rows_seen.rows, len(parts) - before, time.perf_counter() - started, decoder.waited)
-    team.wait()
+    scored = team.sum(len(parts) - before)
+    done = Outcome(rows_seen.rows, scored, time.perf_counter() - started, decoder.waited)
     team.once(lambda: _finish(out, job, settings, rows_seen.rows))
     return done
 
 
-def _finished(out: Path, job: str, resume: bool) -> bool:
+def _finished(out: Path, job: Job, resume: bool) -> bool:
     """Whether there is nothing left to do. Raises T2IError where the table is another job's."""
     if not resume or is_unfinished(_partial(out)) or not out.exists():
         return False
     record = _record(out)
     written = yaml.safe_load(record.read_text(encoding="utf-8")) if record.is_file() else None
-    if not isinstance(written, dict) or written.get("job") != job:
-        raise T2IError(
-            f"{out} already exists and is not the table of this job; pass --overwrite to replace it or choose another "
-            "name."
-        )
-    return True
+    written = written if isinstance(written, dict) else {}
+    table = written.get("table")
+    if table == out.name and written["job"] == job:
+        return True
+    if table is None:
+        why = f"{record.name} does not say so"
+    elif table != out.name:
+        why = f"{record.name} is the record of {table}"
+    else:
+        why = f"that one has other {_differences(written['job'], job)}"
+    raise T2IError(
+        f"{out} already exists and is not known to be the table of this job: {why}; pass --overwrite to replace it or "
+        "choose another name."
+    )
 
 
-def _begin(out: Path, job: str, chunk: int, resume: bool) -> None:
+def _begin(out: Path, job: Job, chunk: int, resume: bool) -> None:
     partial = _partial(out)
     if resume and is_unfinished(partial):
-        if Parts(partial).job != job:
+        before = Parts(partial).job
+        if before != job:
             raise T2IError(
-                f"{partial} belongs to a job with other images, prompts or rewards; pass --overwrite to replace it."
+                f"{partial} belongs to a job with other {_differences(before, job)}; resume it with its own, or pass "
+                "--overwrite to replace it."
             )
         return
     create(partial, job, chunk)
+
+
+def _differences(before: Any, job: Job) -> str:
+    """What decides the table otherwise than before, with the settings of then."""
+    known = before if isinstance(before, dict) else {}  # an older version kept a digest alone
+    names = [name for name, value in job.items() if name not in known or known[name] != value]
+    return ", ".join(
+        name if name in (ROWS, FILES) or name not in known else f"{name} ({json.dumps(known[name])})" for name in names
+    )
 
 
 def _score_chunks(
@@ -212,15 +242,16 @@ def _todo(rows: Iterable[Row], parts: Parts, processes: Processes) -> Iterator[t
             yield from (((number, place), row) for place, row in order)
 
 
-def _finish(out: Path, job: str, settings: dict[str, Any], total: int) -> None:
+def _finish(out: Path, job: Job, settings: dict[str, Any], total: int) -> None:
     """Merge the parts into the table; a kill between any two steps leaves what `--resume` can finish."""
     parts = Parts(_partial(out))
     if len(parts) != total:
         raise T2IError(f"Expected {total} rows but scored {len(parts)}: the input changed meanwhile; start again.")
+    written = write_beside(parts, out)
     out.unlink(missing_ok=True)  # an older table must never stand beside this job's record
-    _write_durably(_record(out), yaml.safe_dump({**settings, "job": job}, sort_keys=False))
+    _write_durably(_record(out), yaml.safe_dump({**settings, "table": out.name, "job": job}, sort_keys=False))
     _write_durably(out.with_name(out.stem + ".environment.json"), json.dumps(environment(), indent=2) + "\n")
-    write_table(parts, out)
+    replace_safely(written, out)
     discard(_partial(out))
 
 

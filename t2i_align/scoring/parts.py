@@ -1,8 +1,8 @@
 """The unfinished job on disk: finished chunks of rows, each written once, whole or not at all.
 
-`OUT.partial/job.json` says whose job it is; `part-RANK.jsonl` is only ever appended to, a chunk at a time: one line
-`{"chunk", "rows", "bytes", "crc"}`, then the rows. A chunk counts once all its bytes are on the disk and their checksum
-holds; what a kill or a power cut left behind the last such chunk is cut off.
+`OUT.partial/job.json` says what decides the table, and so whose job it is; `part-RANK.jsonl` is only ever appended to,
+a chunk at a time: one line `{"chunk", "rows", "bytes", "crc"}`, then the rows. A chunk counts once all its bytes are on
+the disk and their checksum holds; what a kill or a power cut left behind the last such chunk is cut off.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / JOB).is_file()
 
 
-def create(folder: Path, job: str, chunk: int) -> None:
+def create(folder: Path, job: Any, chunk: int) -> None:
     """Begin a job: an empty folder, then its name, so that a job that has a name has a folder fit for it."""
     discard(folder)
     folder.mkdir(parents=True)

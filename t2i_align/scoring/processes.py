@@ -53,10 +53,13 @@ class Processes:
         if refused[0] is not None:
             raise T2IError(refused[0])
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def sum(self, number: int) -> int:
+        """The sum of all processes' numbers; waits until all are here."""
+        numbers = [number]
         if self.count > 1:
-            self._group().barrier()
+            numbers *= self.count
+            self._group().all_gather_object(numbers, number)
+        return sum(numbers)
 
     def _group(self) -> Any:
         import torch.distributed as distributed

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from t2i_align.data.files import relative_path
 from t2i_align.data.tables import stream_table, write_table
 
 TableRow = dict[str, Any]
@@ -132,4 +133,4 @@ def rebase(image: str, table: Path, other: Path) -> str:
     """A path relative to a table, as one relative to another file."""
     if os.path.isabs(image) or table.parent.resolve() == other.parent.resolve():
         return image
-    return os.path.relpath(table.parent / image, other.parent)
+    return relative_path(table.parent / image, other.parent)

@@ -104,13 +104,14 @@ class Honest(Observer):
 
     @property
     def stopped(self) -> bool:
-        """Whether the run should end."""
+        """Whether the run should end. Evaluations of a method's first updates, which move nothing, do not count."""
         stop, best = self.config.evaluate.stop, self.best
         if any(not self.within(row) for row in self.rows):
             return True
         if stop is None or best is None:
             return False
-        return len(self.rows) - 1 - self.rows.index(best) >= stop.patience
+        later = self.rows[self.rows.index(best) + 1 :]
+        return sum(row["step"] > self.method.still for row in later) >= stop.patience
 
     def note(self, step: int) -> str:
         """Why a run has ended at a step before its last, and whether it has kept the weights it began with."""

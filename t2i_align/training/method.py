@@ -58,6 +58,11 @@ class Method(nn.Module):
         """Optimiser updates on each collected batch."""
         return 1
 
+    @property
+    def still(self) -> int:
+        """First updates, which leave the weights as they are."""
+        return 0
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights: numbers, strings and tensors in dicts and lists."""
         return {}

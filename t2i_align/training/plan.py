@@ -120,6 +120,7 @@ def standing(parts: Parts) -> tuple[int, int]:
     """Bytes of all weights, and of the training state."""
     scorers: list[Scorer] = list(parts.judges.scorers.values())
     networks = [network for scorer in scorers for network in scorer.networks()]
+    networks += parts.method.networks()
     if isinstance(parts.judges.features, nn.Module):
         networks.append(parts.judges.features)
     every = {id(p): p for p in parameters(parts.pipe)}
@@ -128,7 +129,8 @@ def standing(parts: Parts) -> tuple[int, int]:
     policy, train = parts.method.policy, parts.config.train
     trained = policy.trainable()
     moments = 2 if train.optimizer == "adamw_8bit" else 8
-    state = sum(p.numel() * (p.element_size() + moments + (p.element_size() if train.ema else 0)) for p in trained)
+    copies = 1 + bool(train.ema) + 2 * bool(train.elastic_reset) + parts.method.averages  # the gradient is one
+    state = sum(p.numel() * (copies * p.element_size() + moments) for p in trained)
     frozen = sum(bytes_of(p) for p in trained) if policy.weights.kind == "full" else 0
     return weights, state + frozen
 

@@ -30,8 +30,8 @@ class Calibration(NamedTuple):
 
 
 def calibrate(predicted: Tensor, rewards: Tensor) -> list[Calibration]:
-    """Calibration of predictions (n, rows) for rewards (n,), in one unit; images without a reward are left out."""
-    known = rewards.isfinite()
+    """Calibration of predictions (n, rows) for rewards (n,), in one unit; images without one of them are left out."""
+    known = rewards.isfinite() & predicted.isfinite().all(1)
     p, r = predicted[known].double(), rewards[known].double()[:, None]
     off_p, off_r = p - p.mean(0), r - r.mean(0)
     spread_p, spread_r = off_p.square().mean(0), off_r.square().mean(0)
@@ -52,9 +52,9 @@ def within_prompts(predicted: Tensor, rewards: Tensor, group: int) -> list[float
     What steering and training live on: which of a prompt's images is better. A value function that only knows which
     prompts are hard has 0 here. Prompts with an image without a reward are left out.
     """
-    r = rewards.double().reshape(-1, group)
-    known = r.isfinite().all(1)
-    p, r = predicted.double().reshape(len(r), group, -1)[known], r[known]
+    r, p = rewards.double().reshape(-1, group), predicted.double().reshape(-1, group, predicted.shape[1])
+    known = r.isfinite().all(1) & p.isfinite().flatten(1).all(1)
+    p, r = p[known], r[known]
     off_p, off_r = (p - p.mean(1, keepdim=True)).flatten(0, 1), (r - r.mean(1, keepdim=True)).flatten()
     return [row.correlation for row in calibrate(off_p, off_r)]
 
@@ -69,7 +69,7 @@ def plot_calibration(predicted: Tensor, rewards: Tensor, path: Path) -> None:
     """A panel per noise level, noisiest first: mean rewards over mean predictions of groups of images; r2 by row."""
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
-    known = rewards.isfinite()
+    known = rewards.isfinite() & predicted.isfinite().all(1)
     p, r = predicted[known].double(), rewards[known].double()
     rows = p.shape[1]
     lines = -(-(rows + 1) // COLUMNS)

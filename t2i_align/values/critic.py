@@ -9,6 +9,7 @@ of the first round, once and for all.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from t2i_align.pipelines.cond import Cond
 from t2i_align.rewards.base import Scorer
-from t2i_align.training import Ctx
+from t2i_align.training import Ctx, TrainingError
 from t2i_align.values.calibration import calibrate, plot_calibration
 from t2i_align.values.readers import Source
 from t2i_align.values.value import READ, Served, Value, ValueBlock, dims_of
@@ -170,7 +171,10 @@ class Learned(Critic):
         value, block, rows = self.served.value, self.block, len(angles)
         taught = {name: torch.cat([lesson[name] for lesson in self.memory]) for name in self.memory[0]}
         rewards, trust = taught.pop("rewards"), taught.pop("trust")
-        known = rewards.isfinite().nonzero()[:, 0]
+        known = rewards.isfinite()
+        for part in taught.values():  # a half-made image may overflow its decoder though the finished one is fine
+            known &= part.isfinite().flatten(1).all(1)
+        known = known.nonzero()[:, 0]
         losses = []
         value.requires_grad_(True)
         for epoch in range(block.epochs):
@@ -187,7 +191,12 @@ class Learned(Critic):
                 self.optimizer.step()
                 losses.append(loss.item())
         value.requires_grad_(False)
-        return {"value_loss": sum(losses) / len(losses)}
+        mean = sum(losses) / max(1, len(losses))
+        if not math.isfinite(mean):
+            raise TrainingError(
+                "The value function's loss is no number: lower method.value.learning_rate; the last checkpoint is kept."
+            )
+        return {"value_loss": mean}
 
 
 class PlugIn(Critic):

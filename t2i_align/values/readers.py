@@ -2,7 +2,7 @@
 
     features  the network's own middle layer in one unguided call: mean and spread of each channel over all positions
     conv      the latent itself, at unit noise scale, and the mean of the prompt's embedding over its tokens
-    clip      a CLIP's embeddings of the decoded x0 prediction and of the prompt
+    clip      a CLIP's embeddings of the decoded x0 prediction of one unguided call and of the prompt
 
 `features` costs a network call and sees what the network understands of the prompt; `conv` costs next to nothing;
 `clip` costs a network call, a decode and an encoding, and is far better at telling a prompt's good images from its bad
@@ -49,9 +49,16 @@ class Source(NamedTuple):
         at = self.driver.grid(self.steps, **self.call).level(row, x)
         return torch.atan2(at.sigma, at.alpha).flatten().expand(len(x))
 
-    def promised(self, x: Tensor, row: int, cond: Cond) -> Tensor:
+    @property
+    def unguided(self) -> dict[str, Any]:
+        """The keywords without guidance, so that what is read does not hang on a user's scale."""
+        given = {**self.driver.defaults, **self.call}
+        named = {name: given.get(name) for name in OFF if name in self.driver.accepts}
+        return self.call | {name: OFF[name] if v is None else min(OFF[name], v) for name, v in named.items()}
+
+    def promised(self, x: Tensor, row: int, cond: Cond, guided: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of the base's x0 prediction; below all rows of the latents themselves."""
-        driver, steps, call = self.driver, self.steps, self.call
+        driver, steps, call = self.driver, self.steps, self.call if guided else self.unguided
         if row < driver.grid(steps, **call).steps:
             with self.reference():
                 x = driver.step(x, row, cond, steps, **call).x0
@@ -99,11 +106,8 @@ def _floats(tree: Any) -> Iterator[Tensor]:
 def read_features(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tensor, ...]:
     """Mean and standard deviation (B, 2 F) over positions of the base network's middle layer; fp32."""
     driver = source.driver
-    given = {**driver.defaults, **source.call}
-    named = {name: given.get(name) for name in OFF if name in driver.accepts}
-    call = source.call | {name: OFF[name] if v is None else min(OFF[name], v) for name, v in named.items()}
     with source.reference(), _outputs_of(middle_layer(driver.network)) as seen:
-        driver.predict(x, row, cond, source.steps, **call)
+        driver.predict(x, row, cond, source.steps, **source.unguided)
     pooled = torch.cat([_pool(output) for output in seen])
     if len(pooled) % len(x):
         raise ValueFunctionError(
@@ -116,7 +120,7 @@ def read_features(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tens
 def read_clip(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tensor, ...]:
     """Embeddings of the promised image and the prompt, and their products (B, 3 D), at unit scale; fp32."""
     assert source.tower is not None
-    images = source.promised(x, row, cond)
+    images = source.promised(x, row, cond, guided=False)
     with torch.autocast(x.device.type, enabled=False):
         image, text = source.tower.image_features(images), source.tower.text_features(cond.prompts.text)
     image, text = (part * part.shape[1] ** 0.5 for part in (image, text))  # unit vectors: entries of size 1

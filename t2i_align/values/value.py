@@ -53,8 +53,8 @@ class ValueBlock(Settings):
     def _eyes(self) -> ValueBlock:
         if (self.net == "clip") != (self.clip is not None):
             raise ValueFunctionError(
-                "Expected net: clip to come with clip: the name of a scorer on a CLIP, such as tiny_clip, and neither "
-                "without the other."
+                "Expected value.clip to name a scorer on a CLIP, such as tiny_clip, where value.net is clip, and to be "
+                f"null elsewhere, but got net={self.net} and clip={self.clip}."
             )
         return self
 
@@ -199,7 +199,7 @@ class Served:
     @classmethod
     def open(cls, folder: str | Path, driver: Driver, steps: int, batch_size: int = 16) -> Served:
         """The value function of a folder, on a driver's runs of so many steps."""
-        device = next(driver.network.parameters()).device
+        device = driver.pipe._execution_device  # where an offloaded pipeline computes
         value = load_value(folder).to(device)
         return cls(value, value.block.connect(Source(driver, steps, {}), device), batch_size)
 
