@@ -69,6 +69,30 @@ def test_a_steered_folder(cli, prompts, tmp_path):
     assert code == 0, err
 
 
+def test_dollars_in_a_prompt_are_no_formula(cli, tmp_path):
+    out = tmp_path / "out"
+    words = ("generate", "a shirt that was $20, 50% off, now $10", "--out", out, "--pipeline", "tiny-sd")
+    words = (*words, "--steps", 2, "--rewards", "jpeg_compressibility", "--steer", "fk", "particles=2")
+    code, _, err = cli(*words)
+    assert code == 0, err
+    picture = out / "history/00000.png"
+    drawn = picture.read_bytes()
+    picture.unlink()  # a picture that was lost is drawn again from the prompt's record
+    code, _, err = cli(*words, "--resume")
+    assert code == 0, err
+    assert picture.read_bytes() == drawn
+
+
+def test_a_plot_that_fails_loses_no_work(cli, prompts, tmp_path, monkeypatch):
+    from t2i_align.steering import plots
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(plots, "_finish", None)
+    with pytest.raises(TypeError):
+        cli("generate", prompts, "--out", out, *TINY, "--steer", "fk", "particles=2")
+    assert len(list((out / "prompts").glob("*.json"))) == len(PROMPTS)
+
+
 def test_results_do_not_depend_on_the_window(cli, prompts, tmp_path):
     for name, size in (("one", 3), ("all", 64)):
         assert steer(cli, prompts, tmp_path / name, "--max-batch", size)[0] == 0

@@ -132,6 +132,7 @@ def _steer_windows(job: SteerJob, method: Steering, ctx: Ctx, folder: Path) -> N
             result = method(replace(ctx, on_step=lines, **fresh), table[window])
         for at, row in enumerate(window):
             _save_prompt(job, folder, row, at, result)
+        _draw_histories(job, folder, window)
 
 
 def _record(folder: Path, row: int) -> Path:
@@ -153,8 +154,18 @@ def _save_prompt(job: SteerJob, folder: Path, row: int, at: int, result: Steered
         made |= {"log_weight": float(result.log_weight[at, k]), "is_best": k == best, "seed": job.seed}
         rows.append(made | {name: cost[name] for name in COSTS})
     history = [slice_row(made, at, prompts) for made in result.history]
-    plot_history(history, folder / "history" / f"{row:05d}.png", job.prompts[row], job.rewards)
     write_text(_record(folder, row), json.dumps({"rows": rows, "history": history}))
+
+
+def _draw_histories(job: SteerJob, folder: Path, rows: Sequence[int]) -> None:
+    """Draw the histories of finished prompts, those that are not drawn yet; from their records, which come first."""
+    for row in rows:
+        picture = folder / "history" / f"{row:05d}.png"
+        if not picture.is_file():
+            history = json.loads(_record(folder, row).read_text(encoding="utf-8"))["history"]
+            unfinished = picture.with_suffix(".part.png")
+            plot_history(history, unfinished, job.prompts[row], job.rewards)
+            unfinished.replace(picture)
 
 
 def _number(value: Any) -> float | None:
@@ -172,6 +183,7 @@ def _finish(job: SteerJob, folder: Path, save_pairs: Path | None) -> list[dict[s
     write_sheet(folder / "contact_sheet.png", shown, most, job.prompts)
     best = [folder / row["image"] for row in rows if row["is_best"]][:SHEET_ROWS]
     write_sheet(folder / "best.png", best, min(8, len(best)))
+    _draw_histories(job, folder, range(len(job.prompts)))  # those that a killed job left
     if save_pairs is not None:
         write_pair_folder(rows, job.rewards, folder, save_pairs)
     return rows

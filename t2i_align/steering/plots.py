@@ -33,7 +33,7 @@ def plot_history(history: History, path: Path, title: str = "", unit: str = "rew
         _draw_sizes(next(axes), sizes, len(np.array(lines[0]["ancestors"])) if lines else None)
     if lines:
         _draw_ancestry(next(axes), lines)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)  # "$20, now $10" is a price
     figure.savefig(path)
 
 
@@ -48,7 +48,7 @@ def _draw_rewards(axes: Any, rewards: list[tuple[int, Any]], unit: str) -> None:
     rows = [row for row, _ in rewards]
     axes.plot(rows, means, color=BLUE, label="mean")
     axes.plot(rows, best, color=RED, label="best so far")
-    axes.set_ylabel(unit if len(unit) < 24 else "reward", fontsize=8)
+    axes.set_ylabel(unit if len(unit) < 24 else "reward", fontsize=8, parse_math=False)
     _finish(axes, legend=True)
 
 
