@@ -9,6 +9,7 @@ import time
 
 import pyarrow.parquet
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 PROMPTS = ["a red circle", "two green stars", "a blue square", "a red circle"]
@@ -148,6 +149,26 @@ def test_a_chain_on_the_command_line(cli, tmp_path):
     assert [row["particle"] for row in table(tmp_path / "out")] == [0, 1]
 
 
+def test_a_chain_of_two_resampling_stages_is_drawn(cli, tmp_path):
+    stages = "stages=[{method: fk, particles: 4, ess: 1}, {method: fk, particles: 2, ess: 1}]"
+    words = ("generate", "a red circle", "--out", tmp_path / "out", *TINY, "--steps", 5, "--steer", "chain", stages)
+    code, _, err = cli(*words)
+    assert code == 0, err
+    assert len(table(tmp_path / "out")) == 3
+    assert Image.open(tmp_path / "out/history/00000.png").width > 100
+
+
+def test_stages_are_drawn_one_after_the_other():
+    from t2i_align.steering.plots import _draw_ancestry, _stages
+
+    one = [{"row": row, "ancestors": [0, 0, 2, 2]} for row in (1, 3)]
+    stages = _stages([*one, {"row": 5}, *({"row": row, "ancestors": [1, 1]} for row in (1, 2)), {"row": 5}])
+    assert [[row["row"] for row in stage] for stage in stages] == [[1, 3, 5], [6, 7, 10]]
+    axes = Figure().subplots()
+    _draw_ancestry(axes, stages[1][:2])
+    assert [tuple(line.get_xdata()) for line in axes.lines] == [(7, 8), (7, 8), (6, 7), (6, 7)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -162,6 +183,7 @@ def test_a_chain_on_the_command_line(cli, tmp_path):
         (["--steer", "das", "--rewards", "verifier"], "differentiable reward for DAS but verifier is none"),
         (["--steer", "reno", "--rewards", "2 * verifier + tiny_clip"], "or one of clip, pickscore, hpsv2"),
         (["--steer", "chain", "--rewards", "verifier", "stages=[fk, reno]"], "but verifier is none"),
+        (["--steer", "chain", "--rewards", "tiny_clip", "stages=[guidance, best_of_n]"], "but got Guidance"),
     ],
 )
 def test_bad_steering_is_refused_before_anything_is_loaded(cli, words, said, tmp_path, monkeypatch):

@@ -343,6 +343,11 @@ class Steering(Settings):
         """Whether, with these settings, it needs the reward's gradient with respect to the image."""
         return False
 
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether, with these settings, results say how their particles came about: `start` and `streams`."""
+        return False
+
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Steer `particles` samples of every prompt."""
         raise NotImplementedError

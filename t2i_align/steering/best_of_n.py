@@ -29,6 +29,10 @@ class BestOfN(Steering):
         description="inverse temperature of the draw, in standard deviations of a prompt's rewards; null: argmax",
     )
 
+    @property
+    def keeps_lines(self) -> bool:
+        return True
+
     @torch.no_grad()
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Sample, score, weigh."""

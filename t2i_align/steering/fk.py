@@ -80,6 +80,10 @@ class FK(Steering):
             raise ValueError(f"expected first <= last but got {self.first} > {self.last}")
         return self
 
+    @property
+    def keeps_lines(self) -> bool:
+        return True
+
     def schedule(self, rows: int) -> tuple[int, ...]:
         """Rows of a run at which rewards are computed."""
         if self.rows is not None:
