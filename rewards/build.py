@@ -135,9 +135,13 @@ class Builder:
     def _make(self, name: str, options: dict[str, Any]) -> Scorer:
         """A scorer of the table; equal ones are one object, so that each runs once."""
         made = self.scorer_class(name)
-        key = f"{made.__module__}:{made.__qualname__} {json.dumps(options, sort_keys=True, default=str)}"
+        usual = inspect.signature(made).parameters
+        changed = {option: value for option, value in options.items() if value != usual[option].default}
+        said = json.dumps(changed, sort_keys=True, default=str) if changed else ""
+        key = f"{made.__module__}:{made.__qualname__} {said}"
         if key not in self.made:
             self.made[key] = made(**options)
+            self.made[key].made_with = said
         return self.made[key]
 
     def _limited(self, node: Limited) -> Scorer:
