@@ -49,7 +49,7 @@ class BestOfN(Steering):
 
     def log_weight(self, totals: Tensor) -> Tensor:
         """Log-weights (P, K) of rewards (P, K): all on the best, or the tilt."""
-        totals = totals.double()
+        totals = torch.where(totals.isfinite(), totals, math.nan).double()
         if self.lam is None:
             best = totals.nan_to_num(nan=-math.inf).argmax(1, keepdim=True)
             return torch.full_like(totals, -math.inf).scatter(1, best, 0.0)
