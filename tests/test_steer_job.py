@@ -7,13 +7,27 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
+import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
+from t2i_align.rewards import Scorer
+
 PROMPTS = ["a red circle", "two green stars", "a blue square", "a red circle"]
 TINY = ["--pipeline", "tiny-sd", "--steps", "4", "--rewards", "verifier"]
+
+
+class Asked(Scorer):
+    """How near the mean level is to the prompt's column `level`."""
+
+    name, columns = "asked", ("level",)
+
+    def forward(self, images, prompts):
+        return -(images.mean((1, 2, 3)) - torch.tensor([float(level) for level in prompts.columns["level"]])).abs()
 
 
 @pytest.fixture
@@ -180,6 +194,7 @@ def test_stages_are_drawn_one_after_the_other():
         (["--steer", "fk", "--rewards", "verifier", "particles=3", "--particles", "3"], "but got both"),
         (["--steer", "fk", "--rewards", "verifer"], "Did you mean 'verifier'"),
         (["--steer", "fk", "--rewards", "verifier", "--kernel", "dim"], "Expected a kernel"),
+        (["--steer", "fk", "--rewards", "tests.test_steer_job:Asked"], "reads the prompt columns level"),
         (["--steer", "das", "--rewards", "verifier"], "differentiable reward for DAS but verifier is none"),
         (["--steer", "reno", "--rewards", "2 * verifier + tiny_clip"], "or one of clip, pickscore, hpsv2"),
         (["--steer", "chain", "--rewards", "verifier", "stages=[fk, reno]"], "but verifier is none"),
@@ -197,6 +212,27 @@ def test_bad_steering_is_refused_before_anything_is_loaded(cli, words, said, tmp
     assert len(err.strip().splitlines()) == 1
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_columns_of_a_table_of_prompts_reach_the_reward(cli, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "prompts.csv"
+    file.write_text("prompt,level,note\na red circle,0.1,x\ntwo green stars,0.9,y\n")
+    words = ("generate", file, "--out", out, *TINY, "--rewards", "tests.test_steer_job:Asked", "--steer", "fk")
+    code, _, err = cli(*words, "particles=2")
+    assert code == 0, err
+    rows = table(out)
+    for row in rows:
+        level = np.asarray(Image.open(out / row["image"])).mean() / 255
+        assert row["reward"] == pytest.approx(-abs(level - (0.1, 0.9)[row["row"]]), abs=0.01)
+    assert yaml.safe_load((out / "config.yaml").read_text())["columns"] == {"level": ["0.1", "0.9"]}
+    (out / "prompts/00001.json").unlink()
+    code, _, err = cli(*words, "particles=2", "--resume")
+    assert code == 0, err
+    assert [row["reward"] for row in table(out)] == pytest.approx([row["reward"] for row in rows])
+    file.write_text("prompt,level\na red circle,0.1\ntwo green stars,0.2\n")
+    code, _, err = cli(*words, "particles=2", "--resume")
+    assert code == 2
+    assert "other settings (columns" in err
 
 
 def test_a_prompt_that_the_reward_cannot_read_is_refused(cli, tmp_path):
