@@ -84,6 +84,18 @@ def test_a_steered_folder(cli, prompts, tmp_path):
     assert code == 0, err
 
 
+def test_pairs_may_go_to_the_folder_of_the_images(cli, tmp_path):
+    out = tmp_path / "out"
+    words = ("generate", "a red circle", "--out", out, "--pipeline", "tiny-sd", "--steps", 2, "--save-pairs", out)
+    code, _, err = cli(*words, "--rewards", "jpeg_compressibility", "--steer", "best_of_n", "particles=3")
+    assert code == 0, err
+    (pair,) = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    rewards = {row["image"]: row["reward"] for row in table(out)}
+    assert len(rewards) == 3
+    assert [rewards[pair[f"image_{side}"]] for side in (0, 1)] == [pair["score_0"], pair["score_1"]]
+    assert pair["gap"] == pytest.approx(max(rewards.values()) - min(rewards.values()))
+
+
 def test_dollars_in_a_prompt_are_no_formula(cli, tmp_path):
     out = tmp_path / "out"
     words = ("generate", "a shirt that was $20, 50% off, now $10", "--out", out, "--pipeline", "tiny-sd")

@@ -210,7 +210,9 @@ def write_pair_folder(rows: list[dict[str, Any]], reward: str, folder: Path, tar
     for pair in pairs:
         for side in ("image_0", "image_1"):
             source = (target / pair[side]).resolve()
-            shutil.copyfile(source, target / "images" / source.name)
+            copy = target / "images" / source.name
+            if copy.resolve() != source:  # pairs may go to the job's own folder
+                shutil.copyfile(source, copy)
             pair[side] = f"images/{source.name}"
     write_jsonl(target / PAIRS, pairs)
     return count
