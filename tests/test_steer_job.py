@@ -214,10 +214,8 @@ def test_stages_are_drawn_one_after_the_other():
     ],
 )
 def test_bad_steering_is_refused_before_anything_is_loaded(cli, words, said, tmp_path, monkeypatch):
-    from t2i_align.pipelines import loading
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load_pipeline", None)
+    monkeypatch.setattr("t2i_align.jobs.load_pipeline", None)
     code, out, err = cli("generate", "a red circle", "--out", "x", *words)
     assert code == 2
     assert said in err
