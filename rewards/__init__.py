@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def scorer_class(name: str) -> type[Scorer]:
     Raises:
         RewardError: no such scorer; the message has the nearest name and the list.
     """
-    if name.lower().replace("-", "_") not in SCORERS and Path(name).is_dir():
+    if name.lower().replace("-", "_") not in SCORERS and os.path.isdir(name):
         from t2i_align.rewards.trained import FACTS, find_folder, open_class
 
         folder = find_folder(name)
@@ -90,7 +91,8 @@ def check_reward(spec: str | Path | Mapping[str, Any]) -> Node:
     Raises:
         RewardError: not an expression, an unknown scorer, function or option, or a scorer that cannot work here.
     """
-    is_folder = isinstance(spec, Path) or (isinstance(spec, str) and spec not in SCORERS and Path(spec).is_dir())
+    # Not `Path.is_dir`, which raises for a text that is too long to be a path.
+    is_folder = isinstance(spec, Path) or (isinstance(spec, str) and spec not in SCORERS and os.path.isdir(spec))
     node = str(spec) if is_folder else read_reward(spec)  # type: ignore[arg-type]
     check_node(node, scorer_class)
     return node

@@ -34,6 +34,7 @@ class Scorer(nn.Module):
     """
 
     name: str = ""
+    made_with: str = ""  # options of its block that are not the defaults, as JSON; other options, another calibration
     differentiable: bool = False  # gradients reach the pixels
     needs_prompt: bool = False
     groupwise: bool = False  # compares images of one prompt: a score depends on the other rows of the call

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from t2i_align.config import nearest
@@ -35,6 +36,8 @@ FUNCTIONS = {
     "cmmd": "set_rewards:CMMD",
 }
 OF_FEATURES = ("vendi", "fid", "cmmd")  # their argument is a feature extractor, not a scorer
+
+KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false"}  # of options, by annotation
 
 
 def function_class(name: str) -> type[Scorer]:
@@ -94,10 +97,21 @@ def _bind(found: type, what: str, members: tuple[Node, ...], options: Mapping[st
         if option not in named:
             known = ", ".join(named) or "none"
             raise RewardError(f"{what} has no option {option!r}.{nearest(option, named)} It has {known}.")
+        annotation = signature.parameters[option].annotation
+        kind = getattr(annotation, "__name__", annotation)  # a text where its module defers annotations
+        if kind in KINDS and not _is(kind, options[option]):
+            raise RewardError(f"{what} expects {KINDS[kind]} for {option} but got {options[option]!r:.60}.")
     try:
         signature.bind(*members, **options)
     except TypeError as error:
         raise RewardError(f"{what} cannot be made: {error}.") from error
+
+
+def _is(kind: str, value: Any) -> bool:
+    """Whether a value is of a kind of `KINDS`."""
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    return isinstance(value, Real) and (kind == "float" or float(value).is_integer())
 
 
 class Builder:
@@ -135,9 +149,13 @@ class Builder:
     def _make(self, name: str, options: dict[str, Any]) -> Scorer:
         """A scorer of the table; equal ones are one object, so that each runs once."""
         made = self.scorer_class(name)
-        key = f"{made.__module__}:{made.__qualname__} {json.dumps(options, sort_keys=True, default=str)}"
+        usual = inspect.signature(made).parameters
+        changed = {option: value for option, value in options.items() if value != usual[option].default}
+        said = json.dumps(changed, sort_keys=True, default=str) if changed else ""
+        key = f"{made.__module__}:{made.__qualname__} {said}"
         if key not in self.made:
             self.made[key] = made(**options)
+            self.made[key].made_with = said
         return self.made[key]
 
     def _limited(self, node: Limited) -> Scorer:

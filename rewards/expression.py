@@ -188,7 +188,8 @@ def _read_scorer(words: list[str]) -> tuple[Node, list[str]]:
         words = words[1:]  # the opening parenthesis or a comma
         if "=" in words[0]:
             key, _, value = words[0].partition("=")
-            options[key] = value if number(value) is None else number(value)
+            said = number(value, infinite=True)
+            options[key] = value if said is None else said
             words = words[1:]
         else:
             terms, words = _read_sum(words)
@@ -198,10 +199,10 @@ def _read_scorer(words: list[str]) -> tuple[Node, list[str]]:
     return Call(name, tuple(members), options), words[1:]
 
 
-def number(word: str) -> float | None:
-    """The finite number a word says, or None."""
+def number(word: str, infinite: bool = False) -> float | None:
+    """The number a word says, or None; inf and -inf count only where `infinite`."""
     try:
         value = float(word)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) or (infinite and math.isinf(value)) else None

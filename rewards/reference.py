@@ -126,6 +126,8 @@ def read_calibration(pipeline: str | Path, scorer: Scorer) -> Reference:
     folder = calibration_folder(pipeline, scorer)
     files = [read_calibration_file(path) for path in sorted(folder.glob("*.json"))]
     command = f"`t2i-align rewards calibrate {pipeline} --rewards '{scorer.name}' --prompts FILE`"
+    if _options(scorer):  # which the command line cannot say
+        command = f"`t2i_align.calibration.calibrate('{pipeline}', [load_reward({{...}})], prompts)` with its options"
     if not files:
         raise RewardError(f"The scorer {scorer.name!r} is not calibrated on {pipeline}: run {command}.")
     if len({json.dumps(file["settings"], sort_keys=True) for file in files}) > 1:
@@ -177,8 +179,15 @@ def _hash_pipeline(pipeline: str | Path) -> str:
 
 def _hash_scorer(scorer: Scorer) -> str:
     digest = blake2b(f"{type(scorer).__module__}.{type(scorer).__qualname__} {scorer.name}".encode(), digest_size=8)
+    digest.update(_options(scorer).encode())
     weights = [item for network in scorer.networks() for item in network.state_dict().items()]
     for name, weight in weights:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _options(scorer: Scorer) -> str:
+    """The options that it and the scorers in it were made with; empty where these are the defaults."""
+    parts = [part for part in scorer.modules() if isinstance(part, Scorer) and part.made_with]
+    return " ".join(f"{part.name} {part.made_with}" for part in parts)

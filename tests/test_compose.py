@@ -22,6 +22,7 @@ IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         ("rank(a)", [(1.0, Call("rank", ("a",)))]),
         ("lcb(a, b, k=2) - c", [(1.0, Call("lcb", ("a", "b"), {"k": 2.0})), (-1.0, "c")]),
         ("zscore(2 * a + b)", [(1.0, Call("zscore", (Sum(((2.0, "a"), (1.0, "b"))),)))]),
+        ("f(a, low=-inf, high=.5)", [(1.0, Call("f", ("a",), {"low": -math.inf, "high": 0.5}))]),
         ("3 * f( g( a ) , b=x/y )", [(3.0, Call("f", (Call("g", ("a",)),), {"b": "x/y"}))]),
     ],
 )
@@ -41,6 +42,7 @@ def test_expressions_are_read(text, terms):
         "a+b",
         "* a",
         "nan * a",
+        "inf * a",
         "a + + b",
         "f()",
         "f(a",
@@ -183,6 +185,9 @@ def test_mappings_are_read():
         ({"verifier": {"transform": "zscroe"}}, "Did you mean 'zscore'"),
         ({"verifier": {"transform": {"zscore": {"dof": 1}}}}, "Did you mean 'ddof'"),
         ({"verifier": {"options": {"size": 1}}}, "no option 'size'"),
+        ({"verifier": {"transform": {"zscore": {"ddof": True}}}}, "expects a whole number for ddof but got True"),
+        ({"ocr": {"options": {"strict": "no"}}}, "expects true or false for strict but got 'no'"),
+        ({"tiny_clip": {"transform": {"lcb": {"k": "1"}}}}, "expects a number for k but got '1'"),
         ({"x": {"use": "verifier + jpeg_compressibility", "options": {"size": 1}}}, "the name of one scorer"),
         ({"a": 1, "verifier": {"weight": 1, "at_least": 1}}, "one of weight"),
         ({"a": 1, "verifier": {"at_least": "bsae"}}, "unless it is 'base'"),
@@ -204,6 +209,11 @@ def test_bad_mappings_are_refused_with_the_reason(mapping, message):
         ("log_sigmoid(verifier, center=median)", "mean or a quantile"),
         ("par(verifier, scale=-1)", "positive number"),
         ("calibrated(verifier)", "needs a base"),
+        ("lcb(verifier, k=abc)", "The function lcb expects a number for k but got 'abc'"),
+        ("lcb(verifier, k=nan)", "expects a number for k but got 'nan'"),
+        ("zscore(verifier, ddof=x)", "The function zscore expects a whole number for ddof but got 'x'"),
+        ("zscore(verifier, ddof=inf)", "expects a whole number for ddof but got inf"),
+        ("consistent(verifier, views=2.5)", "expects a whole number for views but got 2.5"),
         ("2 * zscore", r"write zscore\(SCORER\)"),
     ],
 )
@@ -225,6 +235,19 @@ def test_names_of_compositions_are_read_back():
     text = "2 * zscore(verifier) - worst(verifier, 0.5 * jpeg_compressibility, ddof=1) + lcb(verifier, verifier, k=2)"
     assert load_reward(text).name == text
     assert read_reward(load_reward(text).name) == read_reward(text)
+
+
+def test_infinite_options_are_read():
+    assert load_reward("clamp(verifier, low=-inf, high=0.5)").name == "clamp(verifier, high=0.5)"
+    assert load_reward("clamp(verifier, low=-inf, high=inf)").high == math.inf
+
+
+def test_a_text_longer_than_a_path_is_read():
+    text = " + ".join(f"{weight} * clamp(verifier, high={weight})" for weight in range(1, 40))
+    assert len(text) > 255
+    assert check_reward(text) == read_reward(text)
+    with pytest.raises(RewardError, match="Unknown scorer"):
+        check_reward("x" * 300)
 
 
 def test_operators_make_sums():

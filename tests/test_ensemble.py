@@ -98,6 +98,17 @@ def test_the_soft_minimum_has_its_limits():
     assert soft_min(torch.full((2, 1), math.nan), 1.0).isnan().all()
 
 
+def test_the_soft_minimum_at_infinity_is_the_mean():
+    said = load_reward("soft_min(verifier, jpeg_compressibility, b=inf)")
+    mean = load_reward("mean(verifier, jpeg_compressibility)")
+    assert said.name == "soft_min(verifier, jpeg_compressibility, b=inf)"
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(said.scores(images, "a red circle").total, mean.scores(images, "a red circle").total)
+    unsure = [FunctionScorer(lambda images: torch.ones(len(images)), "sure"), load_reward("tiny_pick")]
+    scores = SoftMin(*unsure, b=math.inf).scores(images, "a red circle")
+    torch.testing.assert_close(scores.std, unsure[1].scores(images, "a red circle").std / 2)
+
+
 @pytest.mark.parametrize("kind", [Mean, Worst, VariancePenalty, LowerBound, Robust, SoftMin])
 def test_a_nan_masks_its_member_for_its_row(kind):
     gap = FunctionScorer(lambda images: torch.tensor([math.nan, 5.0]), "gap")

@@ -52,10 +52,10 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 def test_the_command(tmp_path, cli):
-    runs = [str(write(tmp_path / name, 1.0, beta)) for name, beta in (("plain", 0.8), ("guarded", 0.2))]
+    runs = [str(write(tmp_path / name, 1.0, beta)) for name, beta in (("plain", 0.8), ("$5_^ and $6", 0.2))]
     code, out, _ = cli("bench", "hacking", *runs, "--out", str(tmp_path / "curves.png"), "--json")
     assert code == 0
-    assert [row["run"] for row in json.loads(out)] == ["plain", "guarded"]
+    assert [row["run"] for row in json.loads(out)] == ["plain", "$5_^ and $6"]
     assert (tmp_path / "curves.png").stat().st_size > 1000
     code, out, _ = cli("bench", "hacking", *runs)
     assert (code, "peak KL" in out) == (0, True)

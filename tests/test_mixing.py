@@ -18,7 +18,8 @@ from t2i_align.rewards.mixing import (
     group_rank,
     group_zscore,
 )
-from t2i_align.rewards.reference import MAD_TO_SD, calibration_folder, read_calibration
+from t2i_align.rewards.reference import MAD_TO_SD, _hash_scorer, calibration_folder, read_calibration
+from t2i_align.rewards.tiny import TinyCLIP
 
 PROMPTS = ["p", "q", "p", "q", "p"]
 VALUES = torch.tensor([1.0, 10.0, 3.0, 10.0, 2.0])
@@ -287,6 +288,24 @@ def test_the_key_is_the_content(cache):
     with torch.no_grad():
         other.weight[1] += 1e-6
     assert calibration_folder("tiny-sd", one) != calibration_folder("tiny-sd", other)
+
+
+def test_other_options_are_another_calibration(cache):
+    block = {"options": {"variant": "x100"}}
+    (plain,) = calibrate("tiny-sd", [load_reward("tiny_clip")], "a red circle", **FEW)
+    with pytest.raises(RewardError, match="'tiny_clip' is not calibrated on tiny-sd: run `t2i_align.calibration"):
+        load_reward({"tiny_clip": {**block, "transform": "calibrated"}}, base="tiny-sd")
+    (other,) = calibrate("tiny-sd", [load_reward({"tiny_clip": block})], "a red circle", **FEW)
+    torch.testing.assert_close(other.means, 100 * plain.means, rtol=1e-4, atol=0)
+    for options, mean in ((block, other.means), ({}, plain.means), ({"options": {"variant": "cosine"}}, plain.means)):
+        made = load_reward({"tiny_clip": {**options, "transform": "calibrated"}}, base="tiny-sd")
+        assert torch.equal(made.reference.means, mean)
+
+
+def test_calibrations_without_options_stay_valid():
+    assert _hash_scorer(load_reward("jpeg_compressibility")) == "f85a0842e621d0c6"  # from before options counted
+    usual = load_reward({"tiny_clip": {"options": {"variant": "cosine"}}})
+    assert _hash_scorer(load_reward("tiny_clip")) == _hash_scorer(usual) == _hash_scorer(TinyCLIP())
 
 
 def test_a_damaged_calibration_is_said(cache):

@@ -18,6 +18,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer
 from t2i_align.training import Ctx, Term, TrainingError
 from t2i_align.training.blocks import load_run
+from t2i_align.training.curves import plot_curves
 from t2i_align.training.health import Health
 from t2i_align.training.honest import look_of, pairwise_distance
 from t2i_align.training.prompts import make_pool
@@ -479,3 +480,8 @@ class Leaky(GRPO):
 def test_a_term_yielded_inside_a_context_is_refused(here):
     with pytest.raises(PolicyError, match="the yield of a loss term"):
         run(changes={"method.use": "tests.test_run:Leaky"})
+
+
+def test_curves_take_a_scorers_name_as_it_is(tmp_path):
+    plot_curves([{"step": 0, "$5_^ and $6": 1.0}], ["$5_^ and $6"], tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 100

@@ -7,12 +7,27 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
 from PIL import Image
+
+from t2i_align.rewards import Scorer
 
 PROMPTS = ["a red circle", "two green stars", "a blue square", "a red circle"]
 TINY = ["--pipeline", "tiny-sd", "--steps", "4", "--rewards", "verifier"]
+
+
+class Asked(Scorer):
+    """How near the mean level is to the prompt's column `level`."""
+
+    name, columns = "asked", ("level",)
+
+    def forward(self, images, prompts):
+        return -(images.mean((1, 2, 3)) - torch.tensor([float(level) for level in prompts.columns["level"]])).abs()
 
 
 @pytest.fixture
@@ -67,6 +82,42 @@ def test_a_steered_folder(cli, prompts, tmp_path):
     assert made
     code, _, err = cli("score", out / "results.parquet", "--rewards", "verifier", "--out", tmp_path / "s.jsonl")
     assert code == 0, err
+
+
+def test_pairs_may_go_to_the_folder_of_the_images(cli, tmp_path):
+    out = tmp_path / "out"
+    words = ("generate", "a red circle", "--out", out, "--pipeline", "tiny-sd", "--steps", 2, "--save-pairs", out)
+    code, _, err = cli(*words, "--rewards", "jpeg_compressibility", "--steer", "best_of_n", "particles=3")
+    assert code == 0, err
+    (pair,) = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    rewards = {row["image"]: row["reward"] for row in table(out)}
+    assert len(rewards) == 3
+    assert [rewards[pair[f"image_{side}"]] for side in (0, 1)] == [pair["score_0"], pair["score_1"]]
+    assert pair["gap"] == pytest.approx(max(rewards.values()) - min(rewards.values()))
+
+
+def test_dollars_in_a_prompt_are_no_formula(cli, tmp_path):
+    out = tmp_path / "out"
+    words = ("generate", "a shirt that was $20, 50% off, now $10", "--out", out, "--pipeline", "tiny-sd")
+    words = (*words, "--steps", 2, "--rewards", "jpeg_compressibility", "--steer", "fk", "particles=2")
+    code, _, err = cli(*words)
+    assert code == 0, err
+    picture = out / "history/00000.png"
+    drawn = picture.read_bytes()
+    picture.unlink()  # a picture that was lost is drawn again from the prompt's record
+    code, _, err = cli(*words, "--resume")
+    assert code == 0, err
+    assert picture.read_bytes() == drawn
+
+
+def test_a_plot_that_fails_loses_no_work(cli, prompts, tmp_path, monkeypatch):
+    from t2i_align.steering import plots
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(plots, "_finish", None)
+    with pytest.raises(TypeError):
+        cli("generate", prompts, "--out", out, *TINY, "--steer", "fk", "particles=2")
+    assert len(list((out / "prompts").glob("*.json"))) == len(PROMPTS)
 
 
 def test_results_do_not_depend_on_the_window(cli, prompts, tmp_path):
@@ -124,6 +175,26 @@ def test_a_chain_on_the_command_line(cli, tmp_path):
     assert [row["particle"] for row in table(tmp_path / "out")] == [0, 1]
 
 
+def test_a_chain_of_two_resampling_stages_is_drawn(cli, tmp_path):
+    stages = "stages=[{method: fk, particles: 4, ess: 1}, {method: fk, particles: 2, ess: 1}]"
+    words = ("generate", "a red circle", "--out", tmp_path / "out", *TINY, "--steps", 5, "--steer", "chain", stages)
+    code, _, err = cli(*words)
+    assert code == 0, err
+    assert len(table(tmp_path / "out")) == 3
+    assert Image.open(tmp_path / "out/history/00000.png").width > 100
+
+
+def test_stages_are_drawn_one_after_the_other():
+    from t2i_align.steering.plots import _draw_ancestry, _stages
+
+    one = [{"row": row, "ancestors": [0, 0, 2, 2]} for row in (1, 3)]
+    stages = _stages([*one, {"row": 5}, *({"row": row, "ancestors": [1, 1]} for row in (1, 2)), {"row": 5}])
+    assert [[row["row"] for row in stage] for stage in stages] == [[1, 3, 5], [6, 7, 10]]
+    axes = Figure().subplots()
+    _draw_ancestry(axes, stages[1][:2])
+    assert [tuple(line.get_xdata()) for line in axes.lines] == [(7, 8), (7, 8), (6, 7), (6, 7)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -135,22 +206,43 @@ def test_a_chain_on_the_command_line(cli, tmp_path):
         (["--steer", "fk", "--rewards", "verifier", "particles=3", "--particles", "3"], "but got both"),
         (["--steer", "fk", "--rewards", "verifer"], "Did you mean 'verifier'"),
         (["--steer", "fk", "--rewards", "verifier", "--kernel", "dim"], "Expected a kernel"),
+        (["--steer", "fk", "--rewards", "tests.test_steer_job:Asked"], "reads the prompt columns level"),
         (["--steer", "das", "--rewards", "verifier"], "differentiable reward for DAS but verifier is none"),
         (["--steer", "reno", "--rewards", "2 * verifier + tiny_clip"], "or one of clip, pickscore, hpsv2"),
         (["--steer", "chain", "--rewards", "verifier", "stages=[fk, reno]"], "but verifier is none"),
+        (["--steer", "chain", "--rewards", "tiny_clip", "stages=[guidance, best_of_n]"], "but got Guidance"),
     ],
 )
 def test_bad_steering_is_refused_before_anything_is_loaded(cli, words, said, tmp_path, monkeypatch):
-    from t2i_align.pipelines import loading
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load_pipeline", None)
+    monkeypatch.setattr("t2i_align.jobs.load_pipeline", None)
     code, out, err = cli("generate", "a red circle", "--out", "x", *words)
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_columns_of_a_table_of_prompts_reach_the_reward(cli, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "prompts.csv"
+    file.write_text("prompt,level,note\na red circle,0.1,x\ntwo green stars,0.9,y\n")
+    words = ("generate", file, "--out", out, *TINY, "--rewards", "tests.test_steer_job:Asked", "--steer", "fk")
+    code, _, err = cli(*words, "particles=2")
+    assert code == 0, err
+    rows = table(out)
+    for row in rows:
+        level = np.asarray(Image.open(out / row["image"])).mean() / 255
+        assert row["reward"] == pytest.approx(-abs(level - (0.1, 0.9)[row["row"]]), abs=0.01)
+    assert yaml.safe_load((out / "config.yaml").read_text())["columns"] == {"level": ["0.1", "0.9"]}
+    (out / "prompts/00001.json").unlink()
+    code, _, err = cli(*words, "particles=2", "--resume")
+    assert code == 0, err
+    assert [row["reward"] for row in table(out)] == pytest.approx([row["reward"] for row in rows])
+    file.write_text("prompt,level\na red circle,0.1\ntwo green stars,0.2\n")
+    code, _, err = cli(*words, "particles=2", "--resume")
+    assert code == 2
+    assert "other settings (columns" in err
 
 
 def test_a_prompt_that_the_reward_cannot_read_is_refused(cli, tmp_path):

@@ -18,6 +18,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer, RewardError
 from t2i_align.steering import Ctx, SteeringError, load_method, steer
 from t2i_align.steering.best_of_n import chi_squared, expected_best, kl
+from t2i_align.steering.fk import State
 
 STEPS, C = 8, 1.0
 
@@ -158,6 +159,42 @@ def test_nan_rewards_weigh_nothing_and_all_nan_is_an_error():
     nothing = lambda images, prompts: torch.full((len(images),), math.nan)  # noqa: E731
     with pytest.raises(SteeringError, match="All 4 particles of '0'"):
         load_method("fk", particles=4)(context(reward=nothing), Prompts.of("0"))
+
+
+@pytest.mark.filterwarnings("ignore:.*are no numbers")
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("best_of_n", {}), ("best_of_n", {"lam": 1.0}), ("fk", {}), ("svdd", {}), ("noise_search", {})],
+)
+def test_infinite_rewards_are_no_numbers(name, options, infinite):
+    def steered(value):
+        reward = lambda images, prompts: torch.where(linear(images, prompts) > 0.5, value, linear(images, prompts))  # noqa: E731
+        return load_method(name, particles=6, **options)(context(reward=reward), Prompts.of("0"))
+
+    expected, result = steered(math.nan), steered(infinite)
+    assert torch.equal(result.best, expected.best)
+    assert torch.equal(result.log_weight, expected.log_weight)
+    assert torch.equal(result.images, expected.images)
+    assert result.totals[0, result.best].isfinite()
+
+
+def test_an_infinite_value_does_not_spoil_the_spread():
+    x = torch.linspace(-1, 1, 6)
+    state = State(load_method("fk", particles=6), 1, 1)
+    state.weigh(torch.where(x > 0.5, math.inf, x)[None])
+    known = x[x <= 0.5].double()
+    assert float(state.lam) == pytest.approx(2 / float(known.std(correction=0)))
+
+
+def test_an_infinite_reward_does_not_spoil_the_spread():
+    def reward(images, prompts):
+        values = linear(images, prompts)
+        values[0] = -math.inf
+        return values
+
+    lam = load_method("guidance", pilot=64).per_reward(context(reward=reward), Prompts.of("0"))
+    assert float(lam) == pytest.approx(2 / (C * math.sqrt(end_variance(False))), rel=0.3)
 
 
 def test_deterministic_kernels_are_refused():

@@ -110,7 +110,7 @@ def plot_runs(runs: Sequence[Optimised], path: Path) -> None:
             axes.plot(run.d, values, ".", color=color, label=label)
             axes.plot(at, at * (fit.alpha - fit.beta * at.log()), color=color, linewidth=1)
         axes.axhline(0, color="#b0b7bf", linewidth=1)
-        axes.set_title(run.name, fontsize=8)
+        axes.set_title(run.name, fontsize=8, parse_math=False)
         axes.set_xlabel("sqrt(KL)", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)

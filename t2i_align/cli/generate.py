@@ -135,7 +135,8 @@ def generate(
     from t2i_align.steering.job import SteerJob, read_method, run_steer
 
     name, resolved = read_method(steer, settings or [], particles)
-    steered = SteerJob(**job, steer=name, settings=resolved, rewards=rewards or "", decoder=decoder)
+    steering = {"steer": name, "settings": resolved, "rewards": rewards or "", "decoder": decoder}
+    steered = SteerJob(**job, **steering, columns=dict(table.columns))
     rows = run_steer(steered, out, max_batch=batch_size, save_pairs=save_pairs, **run)
     best = [row["reward"] for row in rows if row["is_best"]]
     print(

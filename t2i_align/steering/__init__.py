@@ -11,7 +11,7 @@ from t2i_align.config import load_config, nearest
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.steering.base import Cost, Ctx, Steered, Steering, SteeringError
-from t2i_align.steering.checks import check_gradient
+from t2i_align.steering.checks import check_columns, check_gradient
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -112,9 +112,11 @@ def steer(
     """
     from t2i_align.pipelines import Driver, call_keywords, load_kernel, load_pipeline, preview_pipeline
 
-    chosen = load_method(method, **options)
+    chosen, table = load_method(method, **options), Prompts.of(prompts)
     check_gradient(chosen, reward)
+    check_columns(reward, table)
     judge = load_reward(reward, base=str(pipeline) if isinstance(pipeline, (str, Path)) else None)
+    judge.check([], table)
     check_gradient(chosen, judge)  # functions of scorers may have none of their own
     keywords = call_keywords(pipeline, steps, guidance) | (call or {})
     rows = keywords.pop("num_inference_steps", 20)
@@ -122,4 +124,4 @@ def steer(
     ctx = Ctx(Driver(pipe, **keywords), judge, rows, None if kernel is None else load_kernel(kernel), seed, max_batch)
     if decoder is not None:
         ctx.decoder = Driver(preview_pipeline(pipe, decoder), **keywords).decode
-    return chosen(ctx, Prompts.of(prompts))
+    return chosen(ctx, table)

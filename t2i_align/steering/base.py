@@ -254,13 +254,13 @@ class Ctx:
         return self.driver.decode(latents, self.decode_batch, straight_through=free)
 
     def score(self, images: Tensor, prompts: Prompts) -> Scores:
-        """Scores of images; counted. An image with pixels that are no numbers scores nan."""
+        """Scores of images; counted. Infinite rewards, and images with pixels that are no numbers, become nan."""
         self.cost.scored += len(images)
         finite = images.isfinite().flatten(1).all(1)
-        if finite.all():
-            return self.reward.scores(images, prompts)
-        scores = self.reward.scores(torch.where(finite[:, None, None, None], images, 0.0), prompts)
-        return scores._replace(total=torch.where(finite.to(scores.total.device), scores.total, math.nan))
+        shown = images if finite.all() else torch.where(finite[:, None, None, None], images, 0.0)
+        scores = self.reward.scores(shown, prompts)
+        known = finite.to(scores.total.device) & scores.total.isfinite()
+        return scores if known.all() else scores._replace(total=torch.where(known, scores.total, math.nan))
 
     @torch.no_grad()
     def rewards(self, latents: Tensor, prompts: Prompts, scale: float = 1.0, preview: bool = True) -> Tensor:
@@ -341,6 +341,11 @@ class Steering(Settings):
     @property
     def needs_gradient(self) -> bool:
         """Whether, with these settings, it needs the reward's gradient with respect to the image."""
+        return False
+
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether, with these settings, results say how their particles came about: `start` and `streams`."""
         return False
 
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:

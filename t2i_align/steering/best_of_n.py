@@ -29,6 +29,10 @@ class BestOfN(Steering):
         description="inverse temperature of the draw, in standard deviations of a prompt's rewards; null: argmax",
     )
 
+    @property
+    def keeps_lines(self) -> bool:
+        return True
+
     @torch.no_grad()
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Sample, score, weigh."""
@@ -45,7 +49,7 @@ class BestOfN(Steering):
 
     def log_weight(self, totals: Tensor) -> Tensor:
         """Log-weights (P, K) of rewards (P, K): all on the best, or the tilt."""
-        totals = totals.double()
+        totals = torch.where(totals.isfinite(), totals, math.nan).double()
         if self.lam is None:
             best = totals.nan_to_num(nan=-math.inf).argmax(1, keepdim=True)
             return torch.full_like(totals, -math.inf).scatter(1, best, 0.0)

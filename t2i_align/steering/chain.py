@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -49,16 +50,32 @@ class Chain(Steering):
 
     @property
     def methods(self) -> list[Steering]:
-        """The stages as methods. Raises SteeringError or ConfigError for those that are none."""
+        """The stages as methods.
+
+        Raises:
+            SteeringError: no such method, or one whose particles a later stage cannot go on from.
+            ConfigError: settings that it has not.
+        """
         from t2i_align.steering import load_method
 
         drawn = [self.particles, *[1] * (len(self.stages) - 1)]
-        return [load_method(**{"particles": K, **stage}) for K, stage in zip(drawn, self.stages, strict=True)]
+        made = [load_method(**{"particles": K, **stage}) for K, stage in zip(drawn, self.stages, strict=True)]
+        for method, later in pairwise(made):
+            if not method.keeps_lines:
+                raise SteeringError(
+                    f"Expected a stage before {type(later).__name__} whose particles come from noise alone, such as "
+                    f"fk, svdd, best_of_n or noise_search, but got {type(method).__name__}."
+                )
+        return made
 
     @property
     def needs_gradient(self) -> bool:
         """Whether any stage needs gradients of the reward."""
         return any(method.needs_gradient for method in self.methods)
+
+    @property
+    def keeps_lines(self) -> bool:
+        return self.methods[-1].keeps_lines
 
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Run the stages; the weighted sample is the last one's."""
@@ -66,7 +83,7 @@ class Chain(Steering):
         firsts, result = ctx.ids(prompts, 1), None
         for method in self.methods:
             if result is not None:
-                lines = _lines(result, result.best, firsts, method)
+                lines = _lines(result, result.best, firsts)
                 ctx = replace(ctx, lines=lines)
             made = method(ctx, prompts)
             result = made if result is None else _with_winners(made, result)
@@ -74,13 +91,10 @@ class Chain(Steering):
         return result
 
 
-def _lines(result: Steered, picked: Tensor, names: Sequence[int], later: Steering) -> dict[int, Line]:
+def _lines(result: Steered, picked: Tensor, names: Sequence[int]) -> dict[int, Line]:
     """How the picked particle of each prompt came about, by the name of the sample that goes on from it."""
-    if result.start is None or result.streams is None:
-        raise SteeringError(
-            f"Expected a method before {type(later).__name__} whose particles come from noise alone, such as fk, svdd, "
-            "best_of_n or noise_search."
-        )
+    assert result.start is not None  # every stage but the last keeps them
+    assert result.streams is not None
     starts = [starts[i] for starts, i in zip(result.start, picked.tolist(), strict=True)]
     streams = [tuple(streams[i].tolist()) for streams, i in zip(result.streams, picked.tolist(), strict=True)]
     return {name: Line(*line) for name, line in zip(names, zip(starts, streams, strict=True), strict=True)}

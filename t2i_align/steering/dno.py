@@ -40,6 +40,10 @@ class DNO(NoiseOptimisation):
     permutations: int = Field(100, gt=0, description="orders in which they read the noise, besides its own")
     checkpointing: bool = Field(True, description="keep only the latents between steps, for one more forward pass")
 
+    @property
+    def keeps_lines(self) -> bool:
+        return self.noises == "start"
+
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Optimise; the particles are the best iterates of different noises."""
         with timed(ctx.cost):

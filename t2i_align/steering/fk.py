@@ -80,6 +80,10 @@ class FK(Steering):
             raise ValueError(f"expected first <= last but got {self.first} > {self.last}")
         return self
 
+    @property
+    def keeps_lines(self) -> bool:
+        return True
+
     def schedule(self, rows: int) -> tuple[int, ...]:
         """Rows of a run at which rewards are computed."""
         if self.rows is not None:
@@ -165,6 +169,7 @@ class State:
 
         Until then all weights are equal, so these particles are still the base's.
         """
+        rewards = torch.where(rewards.isfinite(), rewards, math.nan)  # a learned value may be infinite
         mean = rewards.nanmean(1, keepdim=True)
         spread = (rewards - mean).square().nanmean(1, keepdim=True).sqrt()
         learnt = torch.where(spread > 0, self.settings.lam / spread, math.nan)

@@ -20,12 +20,12 @@ from t2i_align.errors import T2IError
 from t2i_align.jobs import SHEET_ROWS, GenerateJob, image_name, open_job, write_sheet
 from t2i_align.pipelines import Driver, load_kernel, preview_pipeline
 from t2i_align.prompts import Prompts, occurrences
-from t2i_align.rewards import Scorer, check_reward, load_reward
+from t2i_align.rewards import check_reward, load_reward
 from t2i_align.runs import read_jsonl, write_jsonl, write_text
 from t2i_align.scoring.views import write_pairs
 from t2i_align.steering import load_method, method_class
 from t2i_align.steering.base import Cost, Ctx, Steered, Steering
-from t2i_align.steering.checks import check_gradient
+from t2i_align.steering.checks import check_columns, check_gradient
 from t2i_align.steering.live import LiveLines, slice_row
 from t2i_align.steering.plots import plot_history
 
@@ -39,11 +39,18 @@ class SteerJob(GenerateJob):
     steer: str = Field("fk", description="a steering method")
     settings: dict[str, Any] = Field(default_factory=dict, description="its settings, all of them")
     rewards: str = Field(description="what it maximises")
+    columns: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict, description="what the prompts' table has besides them: for scorers that read it"
+    )
     decoder: str | None = Field(None, description="a small autoencoder for rewards along the way; null: the own one")
 
     def method(self) -> Steering:
         """The method with its settings."""
         return load_method(self.steer, **self.settings)
+
+    def table(self) -> Prompts:
+        """The prompts with their columns."""
+        return Prompts(self.prompts, self.columns)
 
 
 def read_method(name: str, words: Sequence[str], particles: int | None = None) -> tuple[str, dict[str, Any]]:
@@ -93,14 +100,16 @@ def run_steer(
     method = job.method()
     check_reward(job.rewards)
     check_gradient(method, job.rewards)
+    check_columns(job.rewards, job.table())
     kernel = None if job.kernel is None else load_kernel(job.kernel)
     if save_pairs is not None and (save_pairs / PAIRS).exists() and not (resume or overwrite):
         raise T2IError(f"{save_pairs / PAIRS} already exists; pass --overwrite to replace it or choose another folder.")
     place = resolve_device(device)
     reward = load_reward(job.rewards, place, base=job.pipeline)
     check_gradient(method, reward)
-    _check_prompts(reward, job.prompts)
-    job = job.model_copy(update={"particles": method.particles})
+    reward.check([], job.table())
+    read = {name: job.columns[name] for name in reward.columns}  # others do not decide the images
+    job = job.model_copy(update={"particles": method.particles, "columns": read})
     job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     rows = call.pop("num_inference_steps", 20)
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
@@ -110,18 +119,11 @@ def run_steer(
     return _finish(job, folder, save_pairs)
 
 
-def _check_prompts(reward: Scorer, prompts: Sequence[str]) -> None:
-    for prompt in dict.fromkeys(prompts):
-        reason = reward.refuse(prompt)
-        if reason:
-            raise T2IError(f"The reward {reward.name!r} cannot score {prompt!r}: {reason}")
-
-
 def _steer_windows(job: SteerJob, method: Steering, ctx: Ctx, folder: Path) -> None:
     """Steer the prompts that are not finished, as many together as fill a batch."""
     for name in ("history", "prompts"):
         (folder / name).mkdir(exist_ok=True)
-    table = Prompts(job.prompts)
+    table = job.table()
     repeats = occurrences(table)
     todo = [row for row in range(len(table)) if not _record(folder, row).is_file()]
     size = max(1, ctx.max_batch // method.particles)
@@ -132,6 +134,7 @@ def _steer_windows(job: SteerJob, method: Steering, ctx: Ctx, folder: Path) -> N
             result = method(replace(ctx, on_step=lines, **fresh), table[window])
         for at, row in enumerate(window):
             _save_prompt(job, folder, row, at, result)
+        _draw_histories(job, folder, window)
 
 
 def _record(folder: Path, row: int) -> Path:
@@ -153,8 +156,18 @@ def _save_prompt(job: SteerJob, folder: Path, row: int, at: int, result: Steered
         made |= {"log_weight": float(result.log_weight[at, k]), "is_best": k == best, "seed": job.seed}
         rows.append(made | {name: cost[name] for name in COSTS})
     history = [slice_row(made, at, prompts) for made in result.history]
-    plot_history(history, folder / "history" / f"{row:05d}.png", job.prompts[row], job.rewards)
     write_text(_record(folder, row), json.dumps({"rows": rows, "history": history}))
+
+
+def _draw_histories(job: SteerJob, folder: Path, rows: Sequence[int]) -> None:
+    """Draw the histories of finished prompts, those that are not drawn yet; from their records, which come first."""
+    for row in rows:
+        picture = folder / "history" / f"{row:05d}.png"
+        if not picture.is_file():
+            history = json.loads(_record(folder, row).read_text(encoding="utf-8"))["history"]
+            unfinished = picture.with_suffix(".part.png")
+            plot_history(history, unfinished, job.prompts[row], job.rewards)
+            unfinished.replace(picture)
 
 
 def _number(value: Any) -> float | None:
@@ -172,6 +185,7 @@ def _finish(job: SteerJob, folder: Path, save_pairs: Path | None) -> list[dict[s
     write_sheet(folder / "contact_sheet.png", shown, most, job.prompts)
     best = [folder / row["image"] for row in rows if row["is_best"]][:SHEET_ROWS]
     write_sheet(folder / "best.png", best, min(8, len(best)))
+    _draw_histories(job, folder, range(len(job.prompts)))  # those that a killed job left
     if save_pairs is not None:
         write_pair_folder(rows, job.rewards, folder, save_pairs)
     return rows
@@ -196,7 +210,9 @@ def write_pair_folder(rows: list[dict[str, Any]], reward: str, folder: Path, tar
     for pair in pairs:
         for side in ("image_0", "image_1"):
             source = (target / pair[side]).resolve()
-            shutil.copyfile(source, target / "images" / source.name)
+            copy = target / "images" / source.name
+            if copy.resolve() != source:  # pairs may go to the job's own folder
+                shutil.copyfile(source, copy)
             pair[side] = f"images/{source.name}"
     write_jsonl(target / PAIRS, pairs)
     return count

@@ -36,6 +36,10 @@ class NoiseSearch(Steering):
     neighbours: int = Field(4, gt=0, description="noises per round of a zero-order search")
     cosine: float = Field(0.95, gt=-1, lt=1, description="between a noise and its neighbours")
 
+    @property
+    def keeps_lines(self) -> bool:
+        return True
+
     @torch.no_grad()
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Search; the noise of a stochastic kernel's steps stays what it is for the particle."""

@@ -21,20 +21,37 @@ def plot_history(history: History, path: Path, title: str = "", unit: str = "rew
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
-    rewards = [(row["row"], np.array(row["rewards"], dtype=float)) for row in history if "rewards" in row]
-    sizes = [(row["row"], float(row["ess"])) for row in history if "ess" in row]
-    lines = [row for row in history if "ancestors" in row]
+    stages = _stages(history)
+    rows = [row for stage in stages for row in stage]
+    rewards = [(row["row"], np.array(row["rewards"], dtype=float)) for row in rows if "rewards" in row]
+    sizes = [(row["row"], float(row["ess"])) for row in rows if "ess" in row]
+    lines = [found for stage in stages if (found := [row for row in stage if "ancestors" in row])]
     panels = [bool(rewards), bool(sizes), bool(lines)]
     figure = Figure(figsize=(WIDTH, HEIGHT * max(1, sum(panels))), layout="constrained", dpi=110)
     axes = iter(np.atleast_1d(figure.subplots(max(1, sum(panels)), 1, sharex=True)))
     if rewards:
         _draw_rewards(next(axes), rewards, unit)
     if sizes:
-        _draw_sizes(next(axes), sizes, len(np.array(lines[0]["ancestors"])) if lines else None)
+        _draw_sizes(next(axes), sizes, max((len(found[0]["ancestors"]) for found in lines), default=None))
     if lines:
-        _draw_ancestry(next(axes), lines)
-    figure.suptitle(title, fontsize=9)
+        ancestry = next(axes)
+        for found in lines:
+            _draw_ancestry(ancestry, found)
+    figure.suptitle(title, fontsize=9, parse_math=False)  # "$20, now $10" is a price
     figure.savefig(path)
+
+
+def _stages(history: History) -> list[list[dict[str, Any]]]:
+    """The rows of a chain's stages, which count their steps anew; here each goes on where the one before ended."""
+    stages: list[list[dict[str, Any]]] = []
+    start = end = before = 0
+    for row in history:
+        if not stages or row["row"] <= before:
+            stages.append([])
+            start = end
+        before, end = row["row"], start + row["row"]
+        stages[-1].append(row | {"row": end})
+    return stages
 
 
 def _draw_rewards(axes: Any, rewards: list[tuple[int, Any]], unit: str) -> None:
@@ -48,7 +65,7 @@ def _draw_rewards(axes: Any, rewards: list[tuple[int, Any]], unit: str) -> None:
     rows = [row for row, _ in rewards]
     axes.plot(rows, means, color=BLUE, label="mean")
     axes.plot(rows, best, color=RED, label="best so far")
-    axes.set_ylabel(unit if len(unit) < 24 else "reward", fontsize=8)
+    axes.set_ylabel(unit if len(unit) < 24 else "reward", fontsize=8, parse_math=False)
     _finish(axes, legend=True)
 
 
@@ -60,7 +77,7 @@ def _draw_sizes(axes: Any, sizes: list[tuple[int, float]], particles: int | None
 
 
 def _draw_ancestry(axes: Any, lines: History) -> None:
-    """From each resampling to the next a line from parent to child; in red those that reach the end."""
+    """From each resampling of a stage to the next a line from parent to child; in red those that reach the end."""
     ancestors = [np.array(row["ancestors"], dtype=int) for row in lines]
     alive = np.ones(len(ancestors[-1]), dtype=bool)
     for at in range(len(ancestors) - 1, -1, -1):

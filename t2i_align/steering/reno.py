@@ -34,6 +34,10 @@ class ReNO(NoiseOptimisation):
     regularise: float = Field(0.01, ge=0, description="weight of the log-density of the noise's norm")
     checkpointing: bool = Field(False, description="keep only the latents between steps, for one more forward pass")
 
+    @property
+    def keeps_lines(self) -> bool:
+        return True
+
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Optimise; the particles are the best iterates of different starting noises."""
         with timed(ctx.cost):

@@ -44,6 +44,10 @@ class SVDD(Steering):
 
     _is_value = field_validator("value")(check_value)
 
+    @property
+    def keeps_lines(self) -> bool:
+        return True
+
     def __call__(self, ctx: Ctx, prompts: Prompts) -> Steered:
         """Steer; all particles weigh the same."""
         with timed(ctx.cost):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Literal
 
@@ -37,7 +36,7 @@ class Tilting(Steering):
         ids = [key(i, "pilot") for i in ctx.ids(prompts, self.pilot)]
         plain = ctx.sample(ctx.encode(prompts).repeat(self.pilot), ids)
         rewards = ctx.rewards(plain, prompts.repeat(self.pilot), preview=False).double().reshape(-1, self.pilot)
-        mean = torch.where(rewards.isfinite(), rewards, math.nan).nanmean(1, keepdim=True)
+        mean = rewards.nanmean(1, keepdim=True)
         spread = (rewards - mean).square().nanmean(1).sqrt()
         if not bool((spread > 0).all()):
             warnings.warn("Plain samples of a prompt score alike: it is not steered; pass spread=.", stacklevel=2)

@@ -30,8 +30,8 @@ def plot_curves(rows: Sequence[dict[str, Any]], scorers: Sequence[str], path: Pa
         values = [row[name] for row in rows]
         axes.axhline(values[0], color=GRAY, linewidth=1)
         axes.plot(steps, values, ".-", color=BLUE)
-        title = TITLES.get(name, name)
-        axes.set_title(title if name in TITLES or name in extra else f"watched: {title}", fontsize=8)
+        title = TITLES.get(name, name if name in extra else f"watched: {name}")
+        axes.set_title(title, fontsize=8, parse_math=False)
         axes.set_xlabel("updates", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)

@@ -51,6 +51,8 @@ def test_a_family_is_steered(family, method):
         assert result.images.min() >= 0
         assert result.images.max() <= 1
         assert result.latents.shape[:2] == (prompts, particles) == result.totals.shape
+        kept = result.start is not None and result.streams is not None
+        assert kept == load_method(method, particles=2, **options).keeps_lines
         torch.testing.assert_close(result.log_weight.exp().sum(1), torch.ones(prompts, dtype=torch.float64))
         totals = -(result.images - 0.3).square().mean((2, 3, 4))
         torch.testing.assert_close(result.totals, totals, msg="scores are not those of the images")
