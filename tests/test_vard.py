@@ -159,6 +159,18 @@ def test_a_large_eta_leaves_the_base(tmp_path):
 # the value function
 
 
+def test_skipped_steps_are_not_trained():
+    """Of five steps the last has no value below it; of the others the two noisiest are left out."""
+    method = make(group=8, batch_size=8, warmup=0, skip=2)
+    method.critic = Slope(1.0)
+    data = method.rollout(context(), Prompts.of("0"))
+    assert len(list(method.losses(context(), (data, {})))) == 2
+    method = make(group=8, batch_size=8, warmup=0, skip=4)
+    method.critic = Slope(1.0)
+    with pytest.raises(TrainingError, match="skip=4 leaves none"):
+        next(method.losses(context(), (data, {})))
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_learn_the_mean(name):
     """Of targets 0 and 2 in shares .75 and .25: .5, whatever the head; quantiles at (i + 1/2) / 16 have it exactly."""

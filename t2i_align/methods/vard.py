@@ -40,6 +40,7 @@ class VARDSettings(SamplingSettings):
 
     group: int = Field(4, gt=0, description="images per prompt")
     eta: float = Field(0.1, ge=0, description="weight of the KL to the base: standard deviations of the reward per nat")
+    skip: int = Field(0, ge=0, description="noisiest steps that are not trained, at which the value knows too little")
     lookahead: int = Field(1, gt=0, description="steps that are backpropagated before the value is asked")
     warmup: int = Field(2, ge=0, description="first rounds, which teach the value alone; all: the base's value")
     refresh: int = Field(1, gt=0, description="rounds between two lessons of the value")
@@ -110,8 +111,13 @@ class VARD(OnPolicy):
         if ctx.step // self.updates < s.warmup:
             return
         chunks, steps = self.chunks(ctx, len(data)), data.traj.steps
-        rows = [row for row in self.rows(data.traj) if row + 1 < steps or self.critic.ends]
-        share = 1 / (max(1, len(rows)) * self.samples(ctx, chunks))
+        rows = [row for row in self.rows(data.traj)[s.skip :] if row + 1 < steps or self.critic.ends]
+        if not rows:
+            raise TrainingError(
+                f"Expected some of the {steps} steps to be trained but skip={s.skip} leaves none: lower method.skip or "
+                "raise method.trained_rows."
+            )
+        share = 1 / (len(rows) * self.samples(ctx, chunks))
         for row in rows:
             for part in chunks:
                 value, kl = self.ahead(ctx, data, part, row)
