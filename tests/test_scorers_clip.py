@@ -507,7 +507,7 @@ def test_a_sum_of_published_scorers_shares_the_towers_that_are_the_same(tmp_path
 )
 def test_missing_weights_are_one_sentence_with_the_command(name, command, tmp_path, monkeypatch):
     monkeypatch.setenv("T2I_ALIGN_CACHE", str(tmp_path))
-    with pytest.raises(RewardError, match="cannot be opened") as error:
+    with pytest.raises(RewardError, match="cannot be used") as error:
         check_reward(f"tiny_clip + {name}")
     assert f"`{command}" in str(error.value)
     assert "\n" not in str(error.value)
