@@ -256,6 +256,17 @@ def test_images_to_a_given_gain():
     assert [row["method"] for row in need_rows(lines)] == ["grpo", "refl", "draft", "grpo", "vard"]
 
 
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    """GRPO ends with (.20 + .02) 0.9 / 2 = .099: after 495 images with seed 0, never with seed 1."""
+    grpo = [learner("grpo", "gold", seed, rise) for seed, rise in enumerate((0.20, 0.02))]
+    one = "\n".join(findings(table_lines([*grpo, learner("vard", "gold", 0, 0.10)]), BASE))
+    assert "needs 990 images" in one
+    assert ": 2.00 of them on the seeds of both. Fewer than grpo's: no." in one
+    both = [learner("vard", "gold", seed, 0.10) for seed in range(2)]
+    two = "\n".join(findings(table_lines([*grpo, *both]), BASE))
+    assert ": at most 1.32 of them. Fewer than grpo's: no." in two  # 990 of (495 + 1000) / 2
+
+
 def test_pages(tmp_path):
     results = [run("grpo", "gold", seed, {"gold": 0.1}) for seed in range(2)]
     results.append(run("diffusion_dpo", "gold", 0, {"gold": 0.2}, curve=[], pairs=40))

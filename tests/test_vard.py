@@ -493,6 +493,12 @@ def test_a_value_that_sees_needs_a_clip(tmp_path):
         train(run)
 
 
+def test_all_steps_cannot_be_skipped(tmp_path):
+    run = {"reward": "verifier", "model": {"use": "tiny-sd"}, "out": str(tmp_path / "run"), "train": {"steps": 1}}
+    with pytest.raises(ConfigError, match="method.skip: expected fewer than the 4 steps that are trained but got 4"):
+        train(run | {"method": {"use": "vard", "steps": 8, "trained_rows": 0.5, "skip": 4}})
+
+
 def test_the_plug_in_value_needs_a_gradient():
     with pytest.raises(TrainingError, match="differentiable reward for value.net=plugin"):
         make(value={"net": "plugin"})

@@ -29,8 +29,14 @@ class Need(NamedTuple):
     label: str
     reward: str
     gain: float
+    seeds: list[int]
     images: list[float | None]
     budget: float
+
+    def over(self, seeds: set[int]) -> tuple[float, bool]:
+        """Mean over some seeds, with all of the budget for those that do not get there, and whether there are any."""
+        mine = [value for seed, value in zip(self.seeds, self.images, strict=True) if seed in seeds]
+        return fmean(self.budget if value is None else value for value in mine), None in mine
 
     @property
     def mean(self) -> float | None:
@@ -79,7 +85,8 @@ def needs(lines: Sequence[Line], share: float = 1.0) -> list[Need]:
         for label in (AGAINST, *labels) if gain > 0 else ():
             if label in mine:
                 images = [crossing(learning_curve(run), gain) for run in mine[label].runs]
-                found.append(Need(label, reward, gain, images, mine[label].mean("images")))
+                seeds = [run["seed"] for run in mine[label].runs]
+                found.append(Need(label, reward, gain, seeds, images, mine[label].mean("images")))
     return found
 
 
@@ -102,12 +109,14 @@ def need_findings(lines: Sequence[Line]) -> Iterator[str]:
         if label == AGAINST or (reward == "gold" and label != "vard"):
             continue
         said = f"{label} needs {need} images for the {need.gain:+.3f} that grpo ends with on {reward}, grpo {against}"
-        if against.mean is None:
-            share = None if need.mean is None else need.mean / against.budget
-            said += "" if share is None else f": at most {share:.2f} of them"
-        else:
-            share = None if need.mean is None else need.mean / against.mean
-            said += "" if share is None else f": {share:.2f} of them"
+        both = set(need.seeds) & set(against.seeds)
+        share = None
+        if both and need.mean is not None:
+            least, missed = against.over(both)
+            share = need.over(both)[0] / least
+            said += f": {'at most ' * missed}{share:.2f} of them" + " on the seeds of both" * (
+                len(both) < len(against.seeds)
+            )
         if reward == "clip":
             yield f"{said}. A fifth at most is {'reached' if share is not None and share <= FIFTH else 'not reached'}."
         else:

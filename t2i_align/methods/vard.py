@@ -54,12 +54,14 @@ class VARD(OnPolicy):
 
     @classmethod
     def refuse(cls, settings: VARDSettings, columns: Any) -> str | None:
-        """A value function that looks through a CLIP needs one that can be opened."""
+        """A value function that looks through a CLIP needs one that can be opened; some step has to be trained."""
         if settings.value.clip is not None:
             try:
                 on_a_clip(settings.value.clip)
             except RewardError as error:
                 return f"method.value.clip: {error}"
+        if settings.skip >= (trained := max(1, int(settings.trained_rows * settings.steps))):
+            return f"method.skip: expected fewer than the {trained} steps that are trained but got {settings.skip}"
         return super().refuse(settings, columns)
 
     def __init__(self, settings: VARDSettings, policy: Policy, tools: Tools) -> None:
