@@ -120,6 +120,15 @@ class Curve(NamedTuple):
         d = math.exp(self.alpha / self.beta - 1)
         return d, self.beta * d
 
+    def at(self, d: Tensor) -> Tensor:
+        """Gold gains at d > 0, of any shape."""
+        return d * (self.alpha - self.beta * (d if self.best_of_n else d.log()))
+
+    def r2(self, d: Tensor, gold: Tensor) -> float:
+        """Share of the variance of gold gains (N,) at d (N,) that the curve explains."""
+        gold = gold.double()
+        return float(1 - (gold - self.at(d.double())).square().sum() / (gold - gold.mean()).square().sum())
+
 
 def fit_overoptimisation(d: Tensor, gold: Tensor, best_of_n: bool) -> Curve:
     """Least squares, without intercept, of gold gains (N,) over d = sqrt(KL) > 0 (N,)."""

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from t2i_align.config import ConfigError, Settings, load_config
+from t2i_align.data.preferences import CHOICES
 from t2i_align.errors import T2IError
 from t2i_align.jobs import GenerateJob, image_name
 from t2i_align.prompts import Prompts
 from t2i_align.runs import CONFIG, write_text
 
-CHOICES = "choices.json"
 FLAGS = '`t2i-align generate ... --kernel "ddim(1.0)" --choices`'
 Pair = tuple[int, int]
 
@@ -85,8 +85,13 @@ def write_template(folder: Path, job: GenerateJob) -> Path:
     return path
 
 
-def read_job(folder: str | Path) -> GenerateJob:
+def read_job(folder: str | Path, chains: bool = True) -> GenerateJob:
     """The job that drew the images of a folder.
+
+    Args:
+        folder: of `generate`.
+        chains: whether the denoising steps are wanted, which only a stochastic kernel's can be drawn again; else the
+            images alone.
 
     Raises:
         T2IError: not a folder of `generate`, or images without a stochastic kernel, whose chains have no log-probs.
@@ -99,7 +104,7 @@ def read_job(folder: str | Path) -> GenerateJob:
         job = load_config(GenerateJob, Path(folder) / CONFIG)
     except ConfigError as error:
         raise T2IError(f"Expected {folder} to be a folder that {FLAGS} wrote: {error}") from error
-    if job.kernel is None or not load_kernel(job.kernel).stochastic:
+    if chains and (job.kernel is None or not load_kernel(job.kernel).stochastic):
         how = "the pipeline's own solver" if job.kernel is None else job.kernel
         raise T2IError(f"The images of {folder} were drawn by {how}, which has no log-prob: draw them by {FLAGS}.")
     if job.particles < 2:
@@ -107,8 +112,8 @@ def read_job(folder: str | Path) -> GenerateJob:
     return job
 
 
-def read_choices(folder: str | Path) -> Choices:
-    """Read the choices in a folder of `generate`.
+def read_choices(folder: str | Path, chains: bool = True) -> Choices:
+    """Read the choices in a folder of `generate`; `chains` as in `read_job`.
 
     Raises:
         T2IError: no such folder or file, or no choice in it.
@@ -116,7 +121,7 @@ def read_choices(folder: str | Path) -> Choices:
             prompts whose choices name no two different pictures.
     """
     folder = Path(folder)
-    job, path = read_job(folder), folder / CHOICES
+    job, path = read_job(folder, chains), folder / CHOICES
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

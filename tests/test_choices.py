@@ -10,6 +10,7 @@ from PIL import Image
 
 from t2i_align.choices import Choice, read_choices, write_template
 from t2i_align.config import ConfigError, TrainConfig
+from t2i_align.data.preferences import read_preferences
 from t2i_align.generation import chains, kernel_samples
 from t2i_align.jobs import GenerateJob, image_name
 from t2i_align.methods.base import Tools
@@ -20,6 +21,8 @@ from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.training import Ctx, TrainingError, fit
+from t2i_align.training.blocks import Source
+from t2i_align.training.prompts import read_source
 from t2i_align.training.run import train
 from tests.families import FAMILIES
 
@@ -80,6 +83,25 @@ def test_a_template_is_to_be_filled_in_and_never_written_over(tmp_path):
     found = read_choices(tmp_path / "a")
     assert found.pairs == {1: [(3, 0), (3, 1), (3, 2)], 2: [(0, 2)]}
     assert found.prompts() == Prompts(("0.5", "1"), {"row": (1, 2)})
+
+
+def test_choices_are_preferences_whatever_drew_the_images(tmp_path):
+    """Offline methods need no chains: choices among images of a deterministic solver will do."""
+    job, _ = draw_toy(tmp_path / "a")
+    (tmp_path / "a" / "config.yaml").write_text(job.model_copy(update={"kernel": None}).to_yaml())
+    choose(tmp_path / "a", {"row": 0, "best": 1}, {"row": 2, "ranking": [0, 3]})
+    with pytest.raises(ValueError, match="drawn by the pipeline's own solver, which has no log-prob"):
+        read_choices(tmp_path / "a")
+    for source in (tmp_path / "a", tmp_path / "a" / "choices.json"):
+        table = read_preferences(source).decided()
+        assert table.text == ("0", "0", "0", "1")
+        assert table.columns["better"] == tuple(
+            str(tmp_path / "a" / image_name(*at)) for at in ((0, 1),) * 3 + ((2, 0),)
+        )
+        losers = ((0, 0), (0, 2), (0, 3), (2, 3))
+        assert table.columns["worse"] == tuple(str(tmp_path / "a" / image_name(*at)) for at in losers)
+    source = Source(use="pairs", path=str(tmp_path / "a"))
+    assert read_source(source) == table
 
 
 def test_all_that_is_wrong_with_choices_is_said_at_once(tmp_path):

@@ -107,6 +107,8 @@ def test_overoptimisation_curves_are_recovered(best_of_n, peak):
     curve = fit_overoptimisation(d, gold, best_of_n)
     assert (curve.alpha, curve.beta) == pytest.approx((2.0, 0.5), abs=1e-10)
     assert curve.peak == pytest.approx(peak)
+    assert curve.r2(d, gold) == pytest.approx(1)
+    assert curve.r2(d, gold + 0.3) == pytest.approx(1 - 0.3**2 / float(gold.var(correction=0)))
 
 
 def test_stopping_on_the_disc_has_no_drop():

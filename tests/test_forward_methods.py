@@ -326,12 +326,13 @@ def test_nft_by_hand():
 @pytest.mark.parametrize("b", [0.5, 1.0, 2.0])
 def test_fixed_points_of_nft(b):
     """Targets +-1, equally likely, with r = 1 and 0, and v_old = 0: v* = (2 / b) alpha (v^+ - v_old) = 1 / b."""
-    target = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    old = torch.zeros((), dtype=torch.float64)
+    method = make("nft", b=b, adaptive=False)
+    target = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None, None]
+    noised = Noised(target, 0, Level(target, target), target, target)
 
     def slope(v, good):
         v = torch.tensor(v, dtype=torch.float64, requires_grad=True)
-        plus, minus = (((1 - b) * old + b * v - target).square(), ((1 + b) * old - b * v - target).square())
+        plus, minus = method.branches(noised, v.expand_as(target), torch.zeros_like(target))
         mixed(plus, minus, torch.tensor(good, dtype=torch.float64), b, 1.0).mean().backward()
         return float(v.grad)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_align.calibration import calibrate
 from t2i_align.config import TrainConfig
+from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
 from t2i_align.methods.base import Tools
 from t2i_align.methods.prdp import proximal
@@ -15,7 +17,7 @@ from t2i_align.pipelines.driver import Driver
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import FunctionScorer, Scorer
+from t2i_align.rewards import FunctionScorer, Scorer, load_reward
 from t2i_align.rewards.constraints import Constraint, Limited
 from t2i_align.rewards.ensemble import LowerBound
 from t2i_align.rewards.expression import RewardError
@@ -25,6 +27,7 @@ from t2i_align.training.blocks import load_run
 from t2i_align.training.checkpoints import State
 from t2i_align.training.honest import Honest
 from t2i_align.training.method import Method
+from t2i_align.training.run import train
 from tests.test_run import here, rows, run  # noqa: F401 (a fixture)
 from tests.test_train import Regression, settings, stop_at
 from tests.test_train import rows as regression_rows
@@ -182,6 +185,35 @@ def test_elastic_reset_resumes_bit_identically(tmp_path, stop):
     for name, weight in whole.weights.items():
         assert torch.equal(weight, resumed.weights[name])
         assert torch.equal(whole.elastic.average[name], resumed.elastic.average[name])
+
+
+# shaped rewards
+
+
+def test_shaped_rewards_train(tmp_path, monkeypatch):
+    """PAR and a clamp in a run of tiny-sd: refused before anything is loaded while a prompt is not calibrated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("T2I_ALIGN_CACHE", str(tmp_path / "cache"))
+    prompts = ["a red circle", "a blue star", "a green cross"]
+    Path("train.txt").write_text("\n".join(prompts[:2]))
+    Path("heldout.txt").write_text(prompts[2])
+    config = {
+        "model": {"use": "tiny-sd", "guidance": 1.0},
+        "method": {"use": "grpo", "group": 2, "steps": 2, "batch_size": 4},
+        "reward": {"par": {"use": "par(tiny_pick)"}, "small": {"use": "clamp(jpeg_compressibility, high=-10)"}},
+        "prompts": {"use": "file", "path": "train.txt", "per_round": 2},
+        "evaluate": {"prompts": {"use": "file", "path": "heldout.txt"}, "images": 2, "watch": [], "every": 1},
+        "train": {"steps": 1, "learning_rate": 1e-3},
+        "out": "run",
+    }
+    with pytest.raises(T2IError, match="not calibrated on tiny-sd: run `t2i-align rewards calibrate"):
+        train(config)
+    assert not Path("run").exists()
+    calibrate("tiny-sd", [load_reward("tiny_pick")], prompts, particles=2, steps=2)
+    assert train(config).step == 1
+    assert -10 < rows("run")[0]["reward"] < -9  # what is clamped is -10 for every image, the PAR between 0 and 1
+    seen = rows("run", "evaluations")[-1]["scores"]["reward"]
+    assert all(-10 < score < -9 for score in seen[0])
 
 
 # budgets

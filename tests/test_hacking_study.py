@@ -96,6 +96,7 @@ def test_table_and_findings():
     assert common_proxy(lines) == pytest.approx(12)  # of d = 6
     plain, stopped = table_rows(lines, BASE)
     assert (plain["alpha"], plain["beta"]) == ("1", "0.8")
+    assert (plain["R2"], stopped["R2"]) == ("1.00", "1.00")
     assert plain["KL where gold turns"] == f"{math.exp(2 * (1 / 0.8 - 1)):.3g}"
     ends = [d * (1 - 0.8 * math.log(d)) for d in (0.5, 1, 1.5, 2, 3, 4, 6)]
     assert (plain["gold at its peak"], plain["gold kept"]) == (f"{max(ends):+.2f}", f"{ends[-1]:+.2f}")

@@ -102,7 +102,8 @@ def test_image_reward_db_gathers_the_images_of_a_prompt(here):
     write_table(rows, here / "db.csv")
     found = read_preferences(here / "db.csv")
     assert rows_of(found) == [("p", "a.png", "b.png", 0.0)]
-    assert found.judged().text == ("q",)
+    with pytest.raises(T2IError, match=r"label 1, liked, or 0 of each single image but .*c.png has -1 \(ranks"):
+        found.judged()
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the published file is not here")
@@ -161,6 +162,9 @@ def test_any_columns(here):
         [{"prompt": "p", "image": "a.png", "label": 1}, {"prompt": "p", "image": "b.png", "label": 0}], here / "l.csv"
     )
     assert read_preferences(here / "l.csv").judged().columns["liked"] == (True, False)
+    write_table([{"prompt": "p", "image": name, "score": 22.5} for name in ("a.png", "b.png")], here / "s.csv")
+    with pytest.raises(T2IError, match="a.png has 22.5 .*: make labels of scores by a threshold, or name the column"):
+        read_preferences(here / "s.csv").judged()
 
 
 def test_what_cannot_serve_at_all(here):
@@ -170,7 +174,7 @@ def test_what_cannot_serve_at_all(here):
     with pytest.raises(T2IError, match="No such file or folder"):
         read_preferences(here / "no")
     (here / "empty").mkdir()
-    with pytest.raises(T2IError, match="pairs.jsonl, parquet files, or folders w/ and l/"):
+    with pytest.raises(T2IError, match="pairs.jsonl, a choices.json, parquet files, or folders w/ and l/"):
         read_preferences(here / "empty")
 
 

@@ -1,6 +1,7 @@
 """ReFL, DRaFT and AlignProp: the linear chain in closed form, equivalences, checkpointing, refusals."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from t2i_align.pipelines.kernels import ode
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import FunctionScorer, Scorer
+from t2i_align.rewards import FunctionScorer, Scorer, load_reward
 from t2i_align.rewards.constraints import Constraint, Limited
 from t2i_align.training import Ctx, TrainingError, fit
 from t2i_align.training.blocks import load_run
@@ -129,9 +130,11 @@ def test_the_kl_of_one_step_counts_for_the_chain():
         batch = method.collect(context(step), Prompts.of(["0"]))
         nats = float(method.drift(context(step), batch, slice(0, 1)).detach())
         found[f"{nats:.3g}"] = nats
-    expected = drift_from_base(method, Prompts.of(["0", "1"]), 0)["kl"]
+    expected = drift_from_base(method, Prompts.of(["0", "1"]), 0)
     assert len(found) == STEPS  # of the last step, which adds no noise, 0
-    assert sum(found.values()) / STEPS == pytest.approx(expected, rel=1e-3)
+    assert sum(found.values()) / STEPS == pytest.approx(expected["kl"], rel=1e-3)
+    chi2 = sum(math.expm1(2 * nats / STEPS) for nats in found.values())  # of Gaussians of one std
+    assert expected["chi2"] == pytest.approx(chi2, rel=1e-3)
     (grad,), loss, _ = gradients(method)
     assert float(grad[0]) == pytest.approx(2 * loss / 0.5, rel=1e-4)  # quadratic in the shift
 
@@ -182,7 +185,9 @@ def test_kept_steps_are_drawn_per_batch_and_keyed():
 
 @pytest.mark.parametrize("use", ["refl", "draft"])
 def test_checkpointing_changes_nothing_and_only_the_policy_gets_gradients(use):
-    found = {}
+    """Nor does it lack anything: decoder and scorer run once more than without."""
+    found, calls = {}, {}
+    scorer = load_reward("tiny_clip")
     for on in (False, True):
         torch.manual_seed(0)
         pipe = FAMILIES["sd"]().pipe
@@ -191,10 +196,20 @@ def test_checkpointing_changes_nothing_and_only_the_policy_gets_gradients(use):
             with torch.no_grad():
                 p.add_(0.02)
         keep = {"keep": 2} if use == "draft" else {"kernel": None}
-        reward = lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 2].square().mean((1, 2))  # noqa: E731
-        method = make(use, pipe=pipe, policy=policy, reward=reward, checkpointing=on, **keep)
+        method = make(use, pipe=pipe, policy=policy, checkpointing=on, **keep)
+        method.tools.scorer = scorer
+        counts = calls.setdefault(on, Counter())
+        watched = {"decoder": pipe.vae.decoder, "scorer": scorer.tower.network.visual}
+        hooks = [
+            network.register_forward_hook(lambda *_, name=name, counts=counts: counts.update([name]))
+            for name, network in watched.items()
+        ]
         found[on], _, _ = gradients(method, ("a cat", "a dog"))
-        assert all(p.grad is None for p in pipe.vae.parameters())
+        for hook in hooks:
+            hook.remove()
+        assert all(p.grad is None for network in (pipe.vae, scorer.tower.network) for p in network.parameters())
+    assert calls[False] == {"decoder": 1, "scorer": 1}
+    assert calls[True] == {"decoder": 2, "scorer": 2}
     norm = torch.cat([g.flatten() for g in found[False]]).norm()
     assert norm > 0
     for plain, again in zip(found[False], found[True], strict=True):
@@ -242,6 +257,31 @@ def test_doubt_discounts_the_loss():
         gradients(make("draft", pipe=pipe, discount=2.0))
 
 
+class Doubtful(Unsure):
+    """The same with a std of its own for every image: the square of the toy's second number."""
+
+    def forward(self, images, prompts):
+        return red(images, prompts), red(images[:, 1:], prompts).square()
+
+
+def test_doubt_has_a_gradient_of_its_own():
+    """Of l exp(-U) + U by the policy, U's share as well as l's: central differences."""
+    method = make("draft", keep=STEPS, loss="target", goal=3.0, discount=0.5)
+    method.tools.scorer = Doubtful()
+    (grad,), _, _ = gradients(method)
+    (shift,) = method.policy.trainable()
+    for at in range(2):
+        ends = []
+        for move in (1e-2, -1e-2):
+            with torch.no_grad():
+                shift[at] += move
+            ends.append(gradients(method)[1])
+            with torch.no_grad():
+                shift[at] -= move
+        assert float(grad[at]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2)
+    assert grad[1].abs() > 0.01  # the reward itself knows nothing of it
+
+
 def test_constraints_move_with_the_images_of_an_update():
     method = make("draft")
     limit = Constraint(FunctionScorer(red, "limit", differentiable=True), "at_least", 9.0)
@@ -264,6 +304,24 @@ def test_rewards_that_are_no_numbers_are_left_out():
     assert shift.grad.isfinite().all()
 
 
+def test_images_that_are_no_numbers_are_left_out():
+    """A decoder that overflows on one of two images: the other's gradient stays. Latents must be numbers."""
+    method = make("draft")
+    latents = method.collect(context(), Prompts.of(["0", "1"])).x
+    whole = method.slope(latents.clone(), Prompts.of(["0", "1"]))
+    decode = method.tools.driver.decode
+    broken = torch.tensor([1.0, math.nan])[:, None, None, None]
+    method.tools.driver.decode = lambda *args, **options: decode(*args, **options) * broken
+    loss, slope, scores = method.slope(latents.clone(), Prompts.of(["0", "1"]))
+    assert scores.total.isnan().tolist() == [False, True]
+    torch.testing.assert_close(slope[0], whole[1][0])
+    assert not slope[1].any()
+    assert loss == pytest.approx(-float(whole[2].total[0]))
+    latents[0] = math.nan
+    with pytest.raises(TrainingError, match="the weights have diverged"):
+        method.slope(latents, Prompts.of(["0", "1"]))
+
+
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize(
     ("use", "settings"), [("refl", {"kernel": None, "window": 0.5}), ("draft", {"lv": 2}), ("alignprop", {})]
@@ -276,7 +334,7 @@ def test_every_one_raises_the_reward_of_the_toy(use, settings, flow, tmp_path):
 
 
 def test_the_pretraining_term_learns_the_data(tmp_path):
-    """Without a reward to gain, the shift goes to where pictures of x0 = (3, 0, 0) want it."""
+    """Without a reward to gain, the gradient points to where pictures of x0 = (3, 0, 0) want the shift."""
     level = round(255 * (0.5 + 3 / 16))
     Image.new("RGB", (1, 1), (level, 128, 128)).save(tmp_path / "a.png")
     write_table([{"prompt": "0", "image": "a.png"}], tmp_path / "data.jsonl")

@@ -293,6 +293,13 @@ def test_calibration_by_hand(tmp_path):
     assert biased[1:] == pytest.approx((1, 1 - 1 / 1.25, 1, 1, 1))
     many = torch.arange(32.0)  # in eight groups, of which the first is told 1 too much
     assert calibrate((many + (many < 4))[:, None], many)[0].error == pytest.approx(1 / 8)
+    predicted[:, 1] = math.nan  # a row at which no prediction is a number; of the next row one is none
+    predicted[0, 2] = math.inf
+    right, none, blind, _ = calibrate(predicted, rewards)
+    assert right[1:] == pytest.approx((1, 1, 1, 0, 0))
+    assert all(math.isnan(value) for value in none[1:])
+    assert blind.bias == pytest.approx(-0.5)
+    assert [math.isnan(value) for value in within_prompts(predicted[:4], rewards[:4], 2)] == [False, True, False, False]
     plot_calibration(predicted, rewards, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

@@ -48,13 +48,14 @@ class Optimised(NamedTuple):
             "kept": last / best if best > 0 else None,
             "alpha": self.gold_fit.alpha,
             "beta": self.gold_fit.beta,
-            "peak KL": peak_of(self.gold_fit),
+            "fit R2": self.gold_fit.r2(self.d, self.gold),
+            "peak KL": peak_of(self.gold_fit, self.d),
         }
 
 
-def peak_of(curve: Curve) -> float | None:
-    """The KL at which a fitted gold turns; None where it does not, or only at e^18 nats and more."""
-    if curve.beta <= 0 or curve.alpha / curve.beta > 10:
+def peak_of(curve: Curve, d: Tensor) -> float | None:
+    """The KL at which a fitted gold turns; None beyond the largest of d (n,), sqrt(KL), that was seen."""
+    if curve.beta <= 0 or curve.alpha / curve.beta - 1 > math.log(float(d.max())):
         return None
     return curve.peak[0] ** 2
 
@@ -108,7 +109,7 @@ def plot_runs(runs: Sequence[Optimised], path: Path) -> None:
             ("proxy", run.proxy, run.proxy_fit, PROXY),
         ):
             axes.plot(run.d, values, ".", color=color, label=label)
-            axes.plot(at, at * (fit.alpha - fit.beta * at.log()), color=color, linewidth=1)
+            axes.plot(at, fit.at(at), color=color, linewidth=1)
         axes.axhline(0, color="#b0b7bf", linewidth=1)
         axes.set_title(run.name, fontsize=8, parse_math=False)
         axes.set_xlabel("sqrt(KL)", fontsize=7)

@@ -55,6 +55,11 @@ class Line(NamedTuple):
             return None
         return fit_overoptimisation(self.d[moved], self.pooled(name)[moved], best_of_n=False)
 
+    def explained(self, fit: Curve) -> float:
+        """Share of the variance of gold over the looks of all runs that their curve explains."""
+        moved = self.d > 0
+        return fit.r2(self.d[moved], self.pooled("gold")[moved])
+
     def peak(self) -> float:
         """Gold at each run's best look, base standard deviations."""
         return fmean(max(gains(run, "gold")) for run in self.runs)
@@ -123,7 +128,8 @@ def table_rows(lines: Sequence[Line], base: Result) -> list[dict[str, str]]:
         row |= {"gold at its peak": f"{peak:+.2f}", "gold kept": f"{kept:+.2f}"}
         row |= {f"gold at proxy {level:+.2f}": "-" if (at := line.at_proxy(level)) is None else f"{at:+.2f}"}
         row |= {"alpha": number(fit and fit.alpha), "beta": number(fit and fit.beta)}
-        row |= {"KL where gold turns": number(fit and peak_of(fit))}
+        row |= {"R2": f"{line.explained(fit):.2f}" if fit else "-"}
+        row |= {"KL where gold turns": number(fit and peak_of(fit, line.d))}
         row |= {"held-out gold": signed(line.final(base, "gold")), "held-out proxy": signed(line.final(base, "proxy"))}
         rows.append(row)
     return rows
@@ -176,7 +182,7 @@ def plot_study(lines: Sequence[Line], path: Path) -> None:
             fit = line.fit(name)
             if fit is not None:
                 at = torch.linspace(1e-3, float(line.d.max()), 100, dtype=torch.float64)
-                axes.plot(at, at * (fit.alpha - fit.beta * at.log()), color=color, linewidth=1.2, label=line.guard)
+                axes.plot(at, fit.at(at), color=color, linewidth=1.2, label=line.guard)
         paths: list[Points] = [list(zip(gains(run, "proxy"), gains(run, "gold"), strict=True)) for run in line.runs]
         means = [tuple(map(fmean, zip(*at, strict=True))) for at in zip(*paths, strict=False)]
         both.plot(*zip(*means, strict=True), ".-", color=color, linewidth=1, markersize=4, label=line.guard)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i_align.data.preferences import PAIRS_FILE
 from t2i_align.evaluation import draw
 from t2i_align.keys import key
 from t2i_align.prompts import Prompts
@@ -22,7 +23,7 @@ from t2i_align.runs import append_jsonl, read_jsonl, write_jsonl, write_text
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PAIRS_FILE, NOTE, DRAWN = "pairs.jsonl", "pairs.json", "drawn.jsonl"
+NOTE, DRAWN = "pairs.json", "drawn.jsonl"
 FEWEST = 8  # images of a prompt, where the budget is small
 TOGETHER = 64  # images between two saves
 

@@ -102,7 +102,7 @@ DECAY: dict[str, Any] = {"train": SLOW["train"] | {"schedule": "cosine", "max_no
 BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
     (method, reward): SLOW | BY_STEP.get(method, {}) | (DECAY if method in BY_STEP and reward == "gold" else {})
     for method in ("ddpo", "grpo", "d3po", "prdp", "nft")
-    for reward in ("gold", "pick", "gold-jpeg")
+    for reward in ("gold", "pick", "gold-jpeg", "clip")
 }
 
 

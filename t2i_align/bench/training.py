@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from t2i_align.arms import arms
-from t2i_align.bench.pairs import PAIRS_FILE, draw_pairs, read_note
+from t2i_align.bench.pairs import draw_pairs, read_note
 from t2i_align.bench.recipes import (
     GOLD,
     IMAGES,
@@ -35,6 +35,7 @@ from t2i_align.bench.recipes import (
 from t2i_align.bench.steering import bench_prompts
 from t2i_align.config import load_config
 from t2i_align.data.images import contact_sheet
+from t2i_align.data.preferences import PAIRS_FILE
 from t2i_align.errors import T2IError
 from t2i_align.evaluation import draw
 from t2i_align.methods import read_method

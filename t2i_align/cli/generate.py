@@ -132,6 +132,7 @@ def generate(
 
             print(f"say which images are better in {write_template(out, plain)}, then train with method.choices={out}")
         return
+    from t2i_align.data.preferences import PAIRS_FILE
     from t2i_align.steering.job import SteerJob, read_method, run_steer
 
     name, resolved = read_method(steer, settings or [], particles)
@@ -144,7 +145,7 @@ def generate(
         f"{out / 'contact_sheet.png'}"
     )
     if save_pairs is not None:
-        print(f"preference pairs in {save_pairs / 'pairs.jsonl'}")
+        print(f"preference pairs in {save_pairs / PAIRS_FILE}")
 
 
 def check_steering(

@@ -28,6 +28,8 @@ from t2i_align.prompts import Prompts, read_text
 
 SHOWN = 5  # rows that were left out, in a summary
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
+PAIRS_FILE = "pairs.jsonl"
+CHOICES = "choices.json"  # a person's, among images that `generate` drew: see `t2i_align/choices.py`
 FOLDERS = (("w", "l"), ("win", "lose"), ("better", "worse"), ("chosen", "rejected"))  # of paired images
 
 # What columns can say: two images with labels; the better and the worse; a list of images with ranks (1 is best) or
@@ -66,7 +68,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
 class Ranking(NamedTuple):
     """Images of one prompt and how good each is: larger `merits` are better, equal ones tie; they have no unit.
 
-    A single image has a merit above 0.5 if it was liked.
+    A single image has its score, or the label 1 if it was liked and 0 if not.
     """
 
     prompt: str
@@ -109,11 +111,22 @@ class Preferences:
         return Prompts(tuple(pair.prompt for pair in pairs), {"better": better, "worse": worse})
 
     def judged(self) -> Prompts:
-        """A row for each single image, with the columns `image` and `liked`."""
+        """A row for each single image, with the columns `image` and `liked`.
+
+        Raises:
+            T2IError: labels that are neither 0 nor 1, such as scores, or ranks of images that nothing groups.
+        """
         alone = [ranking for ranking in self.rankings if len(ranking.images) == 1]
+        strange = next((ranking for ranking in alone if ranking.merits[0] not in (0.0, 1.0)), None)
+        if strange is not None:
+            raise T2IError(
+                f"Expected the label 1, liked, or 0 of each single image but {strange.images[0]} has "
+                f"{strange.merits[0]:g} (ranks count negative): make labels of scores by a threshold, or name the "
+                "column that groups the images of a prompt by columns: {group: NAME}."
+            )
         columns = {
             "image": tuple(ranking.images[0] for ranking in alone),
-            "liked": tuple(ranking.merits[0] > 0.5 for ranking in alone),
+            "liked": tuple(ranking.merits[0] == 1 for ranking in alone),
         }
         return Prompts(tuple(ranking.prompt for ranking in alone), columns)
 
@@ -139,8 +152,8 @@ def read_preferences(
 
     Args:
         source: a `.json` (list of objects), `.jsonl`, `.csv` or `.parquet` file; a folder with a `pairs.jsonl` or with
-            parquet files; or a folder of paired images, `w/NAME.png` better than `l/NAME.png`, with the prompt in a
-            `.txt` of that name beside either.
+            parquet files; a folder of `generate` with a `choices.json` that was filled in; or a folder of paired
+            images, `w/NAME.png` better than `l/NAME.png`, with the prompt in a `.txt` of that name beside either.
         columns: which column has which of `FIELDS`; the layouts of `LAYOUTS` are known without.
         root: folder that image paths are relative to; that of the file by default.
         exist: leave out rows whose image files are not there; cells of parquet files are seen when they are opened.
@@ -154,6 +167,8 @@ def read_preferences(
     found: list[Ranking] = []
     if path.is_dir() and (sides := _sides(path)):
         found += _read_folders(path, sides, problems)
+    elif (folder := _chosen(path)) is not None:
+        found += _read_choices(folder)
     else:
         for table in _tables(path):
             found += _read_table(table, columns, Path(root) if root is not None else table.parent, problems)
@@ -171,16 +186,36 @@ def _sides(folder: Path) -> tuple[str, str] | None:
     return next((pair for pair in FOLDERS if all((folder / name).is_dir() for name in pair)), None)
 
 
+def _chosen(path: Path) -> Path | None:
+    """The folder of a person's choices, if the path means such."""
+    folder = path.parent if path.name == CHOICES else path
+    meant = path.name == CHOICES or not (path / PAIRS_FILE).is_file()
+    return folder if meant and (folder / CHOICES).is_file() else None
+
+
+def _read_choices(folder: Path) -> Iterator[Ranking]:
+    """A ranking for each pair: choices need not order all images of a prompt."""
+    from t2i_align.choices import read_choices
+    from t2i_align.jobs import image_name
+
+    job, pairs = read_choices(folder, chains=False)
+    for row, edges in pairs.items():
+        for edge in edges:
+            yield Ranking(job.prompts[row], tuple(str(folder / image_name(row, i)) for i in edge), (1.0, 0.0))
+
+
 def _tables(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix.lower() not in TABLES:
             raise T2IError(f"Expected a folder or a file ending in {', '.join(TABLES)} but got {path}.")
         return [path]
-    saved = path / "pairs.jsonl"
+    saved = path / PAIRS_FILE
     found = [saved] if saved.is_file() else [file for file in walk(path) if file.suffix.lower() == ".parquet"]
     if not found:
         sides = ", ".join(f"{better}/ and {worse}/" for better, worse in FOLDERS)
-        raise T2IError(f"Expected {path} to hold a pairs.jsonl, parquet files, or folders {sides} but it has none.")
+        raise T2IError(
+            f"Expected {path} to hold a {PAIRS_FILE}, a {CHOICES}, parquet files, or folders {sides} but it has none."
+        )
     return found
 
 

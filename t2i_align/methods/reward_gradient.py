@@ -166,17 +166,25 @@ class RewardGradient(OnPolicy):
         raise NotImplementedError
 
     def slope(self, latents: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor, Scores]:
-        """The summed loss of latents (B, ...), its gradient (B, ...) and their scores (B,)."""
+        """The summed loss of latents (B, ...), its gradient (B, ...) and their scores (B,).
+
+        Images that are no numbers, as decoders in fp16 make some, have the reward nan and the gradient 0.
+
+        Raises:
+            TrainingError: latents that are no numbers; a reward without gradients, or without the std for `discount`.
+        """
         s, driver = self.settings, self.tools.driver
         found = {"image_processor", "video_processor"} & set(vars(driver.pipe))
+        if not latents.isfinite().all():
+            raise TrainingError(DIVERGED)
         latents = latents.requires_grad_()
         with torch.autocast(latents.device.type, enabled=False):
             free = s.straight_through and bool(found)
             images = driver.decode(latents, s.batch_size, straight_through=free, checkpointing=s.checkpointing)
-            if not images.isfinite().all():
-                raise TrainingError(DIVERGED)
-            pixels = images.detach().float().requires_grad_()
+            real = images.detach().isfinite().flatten(1).all(1)
+            pixels = images.detach().float().where(real[:, None, None, None], 0.0).requires_grad_()
             scores: Scores = self.again(lambda seen: self.tools.reward.scores(seen, prompts), pixels)
+            scores = scores._replace(total=scores.total.where(real.to(scores.total.device), torch.nan))
             rewards = scores.total
             self.check_std(scores)
             if not rewards.requires_grad:

@@ -60,7 +60,10 @@ class VARD(OnPolicy):
                 on_a_clip(settings.value.clip)
             except RewardError as error:
                 return f"method.value.clip: {error}"
-        if settings.skip >= (trained := max(1, int(settings.trained_rows * settings.steps))):
+        trained = max(1, int(settings.trained_rows * settings.steps))
+        if settings.value.net != "plugin":  # others have no value of finished latents
+            trained = min(trained, settings.steps - 1)
+        if settings.skip >= trained:
             return f"method.skip: expected fewer than the {trained} steps that are trained but got {settings.skip}"
         return super().refuse(settings, columns)
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from t2i_align.config import load_config
 from t2i_align.data.images import tensor_to_pil
+from t2i_align.data.preferences import PAIRS_FILE
 from t2i_align.data.tables import write_table
 from t2i_align.devices import resolve_device
 from t2i_align.errors import T2IError
@@ -29,7 +30,6 @@ from t2i_align.steering.checks import check_columns, check_gradient
 from t2i_align.steering.live import LiveLines, slice_row
 from t2i_align.steering.plots import plot_history
 
-PAIRS = "pairs.jsonl"
 COSTS = ("forwards", "backwards", "decodes", "decode_backwards", "scored", "seconds")
 
 
@@ -102,8 +102,10 @@ def run_steer(
     check_gradient(method, job.rewards)
     check_columns(job.rewards, job.table())
     kernel = None if job.kernel is None else load_kernel(job.kernel)
-    if save_pairs is not None and (save_pairs / PAIRS).exists() and not (resume or overwrite):
-        raise T2IError(f"{save_pairs / PAIRS} already exists; pass --overwrite to replace it or choose another folder.")
+    if save_pairs is not None and (save_pairs / PAIRS_FILE).exists() and not (resume or overwrite):
+        raise T2IError(
+            f"{save_pairs / PAIRS_FILE} already exists; pass --overwrite to replace it or choose another folder."
+        )
     place = resolve_device(device)
     reward = load_reward(job.rewards, place, base=job.pipeline)
     check_gradient(method, reward)
@@ -205,8 +207,8 @@ def write_pair_folder(rows: list[dict[str, Any]], reward: str, folder: Path, tar
     """
     (target / "images").mkdir(parents=True, exist_ok=True)
     scored = [{"prompt": row["prompt"], "image": row["image"], reward: row["reward"]} for row in rows]
-    count = write_pairs(scored, target / PAIRS, reward, folder / "results.parquet")
-    pairs = read_jsonl(target / PAIRS)
+    count = write_pairs(scored, target / PAIRS_FILE, reward, folder / "results.parquet")
+    pairs = read_jsonl(target / PAIRS_FILE)
     for pair in pairs:
         for side in ("image_0", "image_1"):
             source = (target / pair[side]).resolve()
@@ -214,5 +216,5 @@ def write_pair_folder(rows: list[dict[str, Any]], reward: str, folder: Path, tar
             if copy.resolve() != source:  # pairs may go to the job's own folder
                 shutil.copyfile(source, copy)
             pair[side] = f"images/{source.name}"
-    write_jsonl(target / PAIRS, pairs)
+    write_jsonl(target / PAIRS_FILE, pairs)
     return count

@@ -85,7 +85,8 @@ class Critic:
             return
         folder.mkdir(parents=True, exist_ok=True)
         predicted, rewards = (torch.cat([round_[name] for round_ in self.seen]) for name in ("predicted", "rewards"))
-        numbers = [row._asdict() for row in calibrate(predicted, rewards)]
+        rows = (row._asdict() for row in calibrate(predicted, rewards))
+        numbers = [{name: None if math.isnan(value) else value for name, value in row.items()} for row in rows]
         (folder / "calibration.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
         plot_calibration(predicted, rewards, folder / "calibration.png")
 
