@@ -335,12 +335,16 @@ class Driver(Encoder):
         told = self._tell(pipe, self._blank()[[0] * len(latents)]) | self._give(pipe, latents)
         return self._run(pipe, 1, {**told, **call, "output_type": "pt"})
 
+    @property
+    def clamps(self) -> list[str]:
+        """What of the pipeline clamps pixels, and can be told by `straight_through`; in some pipelines nothing does."""
+        return [name for name in ("image_processor", "video_processor") if name in vars(self.pipe)]
+
     def _do_not_clamp(self, pipe: DiffusionPipeline) -> None:
         """Let gradients through the copy's last clamp. Raises DriverError where it has no processor to tell."""
-        found = [name for name in ("image_processor", "video_processor") if name in vars(self.pipe)]
-        if not found:
+        if not self.clamps:
             raise DriverError(f"{self.family} has no image processor, so straight_through cannot act: leave it out.")
-        for name in found:
+        for name in self.clamps:
             processor = copy.copy(getattr(self.pipe, name))
             processor.denormalize = _denormalize_straight_through
             pipe.__dict__[name] = processor

@@ -55,7 +55,7 @@ class SamplingSettings(Settings):
 class Tools:
     """What a method works with besides its weights; not a module, so that `fit` trains the policy alone."""
 
-    driver: Driver
+    driver: Driver  # with the keywords of `call`, which encoding and decoding read, too
     scorer: Scorer | None  # None where nothing is scored
     call: dict[str, Any] = field(default_factory=dict)  # keywords of the pipeline in training, such as guidance_scale
 

@@ -168,10 +168,9 @@ class RewardGradient(OnPolicy):
     def slope(self, latents: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor, Scores]:
         """The summed loss of latents (B, ...), its gradient (B, ...) and their scores (B,)."""
         s, driver = self.settings, self.tools.driver
-        found = {"image_processor", "video_processor"} & set(vars(driver.pipe))
         latents = latents.requires_grad_()
         with torch.autocast(latents.device.type, enabled=False):
-            free = s.straight_through and bool(found)
+            free = s.straight_through and bool(driver.clamps)
             images = driver.decode(latents, s.batch_size, straight_through=free, checkpointing=s.checkpointing)
             if not images.isfinite().all():
                 raise TrainingError(DIVERGED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +92,9 @@ def steer(
     """Steer a pipeline's samples by a reward.
 
     Args:
-        pipeline: what `load_pipeline` takes.
+        pipeline: what `load_pipeline` takes; open it there for a GPU.
         prompts: one text or many; all are steered together.
-        reward: what `load_reward` takes.
+        reward: what `load_reward` takes; one that is opened here goes where the pipeline computes.
         method: a name of `METHODS`, or a method with its settings.
         steps: denoising steps; from the pipeline's card if None.
         guidance: guidance scale; from the pipeline's card if None.
@@ -115,13 +115,17 @@ def steer(
     chosen, table = load_method(method, **options), Prompts.of(prompts)
     check_gradient(chosen, reward)
     check_columns(reward, table)
-    judge = load_reward(reward, base=str(pipeline) if isinstance(pipeline, (str, Path)) else None)
+    named = isinstance(pipeline, (str, Path))
+    opened = None if named else load_pipeline(pipeline)
+    made_here = isinstance(reward, (str, Path, Mapping))  # a user's Scorer stays where it is
+    place = opened._execution_device if opened is not None and made_here else None
+    judge = load_reward(reward, place, base=str(pipeline) if named else None)
     judge.check([], table)
     check_gradient(chosen, judge)  # functions of scorers may have none of their own
     keywords = call_keywords(pipeline, steps, guidance) | (call or {})
     rows = keywords.pop("num_inference_steps", 20)
-    pipe = load_pipeline(pipeline)
+    pipe = opened or load_pipeline(pipeline)
     ctx = Ctx(Driver(pipe, **keywords), judge, rows, None if kernel is None else load_kernel(kernel), seed, max_batch)
     if decoder is not None:
-        ctx.decoder = Driver(preview_pipeline(pipe, decoder), **keywords).decode
+        ctx.decoder = Driver(preview_pipeline(pipe, decoder), **keywords)
     return chosen(ctx, table)

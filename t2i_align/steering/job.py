@@ -114,7 +114,7 @@ def run_steer(
     rows = call.pop("num_inference_steps", 20)
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
     if job.decoder is not None:
-        ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call).decode
+        ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call)
     _steer_windows(job, method, ctx, folder)
     return _finish(job, folder, save_pairs)
 
