@@ -10,6 +10,7 @@ flow matching (`grid.py`).
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,7 @@ from t2i_align.wide_attention import recomputed
 __all__ = ["Driver", "DriverError"]
 
 At = int | Tensor | Point  # a row of the grid, one row per sample (B,), or points off it
+NO_MEMORY = ("out of memory", "allocate memory")  # CUDA alone has a class of error for it
 OnStep = Callable[[int, Step, Tensor], Tensor | None]
 
 
@@ -76,11 +78,16 @@ class Driver(Encoder):
         if not self.one_timestep and not needs_index(type(self.pipe), {**self.defaults, **call}):
             try:
                 return self._predict(x, at, cond, steps, call)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError, ValueError):  # a loop that turns t into a number, not known as such
+            except (RuntimeError, TypeError, ValueError) as error:  # a loop that turns t into a number, not known so
+                if any(said in str(error) for said in NO_MEMORY):  # smaller calls would hide it
+                    raise
                 together = self._predict_in_groups(x, groups, cond, steps, call)
                 self.one_timestep = True
+                warnings.warn(
+                    f"{self.family} takes one timestep in a call, so samples at different ones go through the network "
+                    f"one after the other from now on: {' '.join(str(error).split())}",
+                    stacklevel=2,
+                )
                 return together
         return self._predict_in_groups(x, groups, cond, steps, call)
 
