@@ -16,9 +16,11 @@ from t2i_align.pipelines.kernels import ddim, flow_sde, ode
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer, RewardError, load_reward
-from t2i_align.steering import Ctx, SteeringError, load_method, steer
-from t2i_align.steering.best_of_n import chi_squared, expected_best, kl
+from t2i_align.steering import Ctx, SteeringError, load_method, method_name, steer
+from t2i_align.steering.best_of_n import BestOfN, chi_squared, expected_best, kl
+from t2i_align.steering.checks import gradient_free
 from t2i_align.steering.fk import State
+from t2i_align.steering.job import read_method
 
 STEPS, C = 8, 1.0
 
@@ -304,6 +306,29 @@ def test_previews_by_a_small_decoder():
         steer(pipe, "two green stars", first_red, "fk", decoder=AutoencoderTiny())
     with pytest.raises(PipelineError, match="There is no autoencoder nowhere"):
         steer(pipe, "two green stars", first_red, "fk", decoder="nowhere")
+
+
+class Mine(BestOfN):
+    """A method of one's own."""
+
+    extra: int = 0
+
+
+def test_a_method_of_ones_own_is_named_by_its_module():
+    method = load_method("tests.test_steering:Mine", extra=3)
+    assert type(method).__name__ == "Mine"
+    assert method.extra == 3
+    chain = load_method("chain", stages=[method, "noise_search"])
+    assert [method_name(stage) for stage in chain.methods] == ["tests.test_steering:Mine", "noise_search"]
+    assert read_method("tests.test_steering:Mine", ["extra=2"])[0] == "tests.test_steering:Mine"
+    with pytest.raises(SteeringError, match="subclass of"):
+        load_method("tests.test_steering:Ctx")
+
+
+def test_methods_without_gradients_are_named_where_one_is_asked_for():
+    assert gradient_free() == ["best_of_n", "fk", "svdd", "noise_search"]
+    for name in gradient_free():
+        assert not load_method(name).needs_gradient
 
 
 def test_unknown_methods_and_settings_are_refused():
