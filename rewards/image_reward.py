@@ -76,6 +76,7 @@ class ImageReward(Scorer):
             if backend == "own"
             else _load_package(weights)
         )
+        self.preprocessing = self.network.preprocessing if backend == "own" else None
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         if self.backend == "package":

@@ -322,15 +322,16 @@ def test_calls_are_split_by_timestep_only_where_the_loop_needs_it(pipe, cond, mo
     def fails(x, at, *rest):
         if isinstance(at, torch.Tensor):
             failing.append(1)
-            raise error
+            raise errors.pop(0)
         return whole(x, at, *rest)
 
     monkeypatch.setattr(driver, "_predict", fails)
-    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory (1 GB)")):
+    errors = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory (1 GB)")]
+    while errors:
         with pytest.raises(RuntimeError, match="out of memory"):
             driver.predict(x, at, mine, 4)
     assert not driver.one_timestep
-    error = RuntimeError("a Tensor with 2 elements cannot be converted to Scalar")
+    errors.append(RuntimeError("a Tensor with 2 elements cannot be converted to Scalar"))
     with pytest.warns(UserWarning, match="one timestep in a call, .* cannot be converted to Scalar"):
         torch.testing.assert_close(driver.predict(x, at, mine, 4), expected, rtol=1e-5, atol=1e-5)
     driver.predict(x, at, mine, 4)
