@@ -23,7 +23,15 @@ from t2i_align.pipelines.grid import prediction_type, scheduler_kind
 # Encode their control image with torch's global generator: no two calls see the same one.
 UNKEYED = {"StableDiffusion3ControlNetPipeline", "HunyuanDiTControlNetPipeline", "CogView4ControlPipeline"}
 # What must be known of single families; everything else goes through `__call__` as it is.
-ONE_TIMESTEP = {"AuraFlowPipeline", "ZImagePipeline"}  # their loops turn t into a number: batches are grouped by row
+ONE_TIMESTEP = {
+    "AuraFlowPipeline",
+    "HunyuanDiTPAGPipeline",
+    "HunyuanDiTPipeline",
+    "Kandinsky5T2IPipeline",
+    "PRXPipeline",
+    "PRXPixelPipeline",
+    "ZImagePipeline",
+}  # their loops turn t into one number: batches are grouped by row
 PACKS_LATENTS = {
     "Flux2KleinPipeline",
     "Flux2KleinKVPipeline",

@@ -10,6 +10,7 @@ flow matching (`grid.py`).
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,7 @@ from t2i_align.wide_attention import recomputed
 __all__ = ["Driver", "DriverError"]
 
 At = int | Tensor | Point  # a row of the grid, one row per sample (B,), or points off it
+NO_MEMORY = ("out of memory", "allocate memory")  # CUDA alone has a class of error for it
 OnStep = Callable[[int, Step, Tensor], Tensor | None]
 
 
@@ -76,11 +78,16 @@ class Driver(Encoder):
         if not self.one_timestep and not needs_index(type(self.pipe), {**self.defaults, **call}):
             try:
                 return self._predict(x, at, cond, steps, call)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError, ValueError):  # a loop that turns t into a number, not known as such
+            except (RuntimeError, TypeError, ValueError) as error:  # a loop that turns t into a number, not known so
+                if any(said in str(error) for said in NO_MEMORY):  # smaller calls would hide it
+                    raise
                 together = self._predict_in_groups(x, groups, cond, steps, call)
                 self.one_timestep = True
+                warnings.warn(
+                    f"{self.family} takes one timestep in a call, so samples at different ones go through the network "
+                    f"one after the other from now on: {' '.join(str(error).split())}",
+                    stacklevel=2,
+                )
                 return together
         return self._predict_in_groups(x, groups, cond, steps, call)
 
@@ -335,12 +342,16 @@ class Driver(Encoder):
         told = self._tell(pipe, self._blank()[[0] * len(latents)]) | self._give(pipe, latents)
         return self._run(pipe, 1, {**told, **call, "output_type": "pt"})
 
+    @property
+    def clamps(self) -> list[str]:
+        """What of the pipeline clamps pixels, and can be told by `straight_through`; in some pipelines nothing does."""
+        return [name for name in ("image_processor", "video_processor") if name in vars(self.pipe)]
+
     def _do_not_clamp(self, pipe: DiffusionPipeline) -> None:
         """Let gradients through the copy's last clamp. Raises DriverError where it has no processor to tell."""
-        found = [name for name in ("image_processor", "video_processor") if name in vars(self.pipe)]
-        if not found:
+        if not self.clamps:
             raise DriverError(f"{self.family} has no image processor, so straight_through cannot act: leave it out.")
-        for name in found:
+        for name in self.clamps:
             processor = copy.copy(getattr(self.pipe, name))
             processor.denormalize = _denormalize_straight_through
             pipe.__dict__[name] = processor

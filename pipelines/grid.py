@@ -109,7 +109,7 @@ def read_grid(scheduler: Any) -> Grid:
     kind = scheduler_kind(scheduler)
     if kind == "alphas_cumprod":
         return _read_alphas(scheduler)
-    t, sigmas = scheduler.timesteps.cpu(), scheduler.sigmas.double().cpu()
+    t, sigmas = scheduler.timesteps.cpu(), scheduler.sigmas.cpu().double()
     keep = torch.cat([torch.tensor([True]), sigmas[1 : len(t)] != sigmas[: len(t) - 1]])
     t, levels = t[keep], torch.cat([sigmas[: len(t)][keep], sigmas[-1:]])
     if kind == "flow" and levels[0] > 1 + 1e-6:
@@ -121,7 +121,7 @@ def read_grid(scheduler: Any) -> Grid:
         trained = torch.linspace(1, 0, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)
         return Grid(t, 1 - levels, levels, True, trained)
     alpha = (1 + levels.square()).rsqrt()
-    return Grid(t, alpha, levels * alpha, False, scheduler.alphas_cumprod.double().cpu().sqrt())
+    return Grid(t, alpha, levels * alpha, False, scheduler.alphas_cumprod.cpu().double().sqrt())
 
 
 def scheduler_kind(scheduler: Any) -> str:

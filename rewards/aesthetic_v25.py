@@ -50,6 +50,7 @@ class AestheticV25(Scorer):
         WeightFile("model.safetensors", BACKBONE),
     )
     summary: ClassVar[str] = "aesthetic predictor v2.5 on SigLIP (AGPL)"
+    preprocessing: Preprocessing
 
     def __init__(self, weights: str = "", name: str = BACKBONE) -> None:
         super().__init__()

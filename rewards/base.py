@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ class Scores(NamedTuple):
     std: Tensor | None = None
 
 
+class Fitting(Protocol):
+    """How pictures of any size become those that a network takes, all of one size."""
+
+    def fit(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, *size); pictures that it made before stay as they are."""
+        ...
+
+
 class Scorer(nn.Module):
     """Base of all scorers: a subclass declares facts and implements `forward`.
 
@@ -39,6 +47,7 @@ class Scorer(nn.Module):
     needs_prompt: bool = False
     groupwise: bool = False  # compares images of one prompt: a score depends on the other rows of the call
     without_std: bool = False  # certainly returns no std; False also where it may or may not
+    preprocessing: Fitting | None = None  # where pictures of all sizes may be fitted first, to be one batch
     columns: tuple[str, ...] = ()  # prompt columns read besides the text
     range: tuple[float, float] = (-float("inf"), float("inf"))  # of possible values
     unit: ClassVar[str] = ""

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Blip(nn.Module):
         super().__init__()
         own = {_rename(name): value for name, value in state.items() if not UNUSED.fullmatch(name)}
         sizes = _sizes(own, what)
-        self.context, self.size = context, sizes["image_size"]
+        self.context, self.preprocessing = context, Middle(sizes["image_size"])
         network = assemble(lambda: _Parts(sizes, head), own, what, torch.float32)
         self.vision, self.text, self.head = network.vision, network.text, network.head
         self.tokenise = _tokeniser(vocabulary)
@@ -88,9 +88,8 @@ class Blip(nn.Module):
 
     def pixels(self, images: Tensor) -> Tensor:
         """CLIP's preprocessing on Pillow's picture."""
-        resized = pillow_resize(images, shortest_side(images.shape[-2], images.shape[-1], self.size))
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-        return (center_crop(resized, self.size) - mean) / std
+        return (self.preprocessing.fit(images) - mean) / std
 
     def tokens(self, prompts: Sequence[str]) -> Any:
         """Token ids and mask, padded to the longest; warns of prompts that are cut."""
@@ -98,6 +97,17 @@ class Blip(nn.Module):
             if len(self.tokenise(prompt, verbose=False).input_ids) > self.context:
                 warnings.warn(f"Only the first {self.context} tokens of {prompt!r:.80} are read.", stacklevel=2)
         return self.tokenise(list(prompts), padding=True, truncation=True, max_length=self.context, return_tensors="pt")
+
+
+class Middle(NamedTuple):
+    """The middle of a picture whose shortest side is resized, all in 8 bits."""
+
+    size: int
+
+    def fit(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, size, size)."""
+        resized = pillow_resize(images, shortest_side(images.shape[-2], images.shape[-1], self.size))
+        return center_crop(resized, self.size)
 
 
 class _Parts(nn.Module):

@@ -69,6 +69,7 @@ class CycleReward(Scorer):
                 "or T2I."
             )
         self.network = load_blip(weights, vocabulary, published(variant), Head, CONTEXT, self.name)
+        self.preprocessing = self.network.preprocessing
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         return self.network(images, prompts.text)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from t2i_align.config import nearest
 from t2i_align.data.images import to_tensors
-from t2i_align.rewards.checkpoints import RESAMPLE, load_tower, missing_weights
-from t2i_align.rewards.clip import TowerScorer
+from t2i_align.rewards.checkpoints import RESAMPLE, missing_weights
+from t2i_align.rewards.clip import CLIP, TowerScorer
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.tower import Preprocessing, Tower, TowerSpec
+from t2i_align.rewards.tower import Preprocessing, Tower
 
 Extract = Callable[[Tensor], Tensor]
 
@@ -71,7 +71,7 @@ def _open(name: str) -> Extract:
 
     try:
         if AutoConfig.from_pretrained(name, local_files_only=True).model_type == "clip":
-            return load_tower(TowerSpec(name)).image_features
+            return TowerFeatures(CLIP(name))
         return Vision(name)
     except (OSError, ValueError, KeyError) as error:
         raise RewardError(f"Cannot open the features {name!r}: {' '.join(str(error).split())}") from error
@@ -82,7 +82,11 @@ class TowerFeatures(nn.Module):
 
     def __init__(self, scorer: TowerScorer) -> None:
         super().__init__()
-        self.scorer = scorer
+        self.scorer = scorer  # moves with us, and takes us to the tower that is shared where it goes
+
+    def networks(self) -> list[nn.Module]:
+        """The modules whose weights decide the features; a tower is nobody's submodule."""
+        return self.scorer.networks()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.scorer.tower.image_features(images)
@@ -122,6 +126,13 @@ def _read_vision_processor(name: str) -> Preprocessing:
     )  # fmt: skip
 
 
+def networks_of(extract: Extract) -> list[nn.Module]:
+    """The modules whose weights decide an extractor's features; none of a plain function's are known."""
+    if isinstance(extract, TowerFeatures):
+        return extract.networks()
+    return [extract] if isinstance(extract, nn.Module) else []
+
+
 @torch.no_grad()
 def extract_features(images: Any, extract: Extract, batch_size: int = 64) -> Tensor:
     """Features (n, D) of images of any kind and size, or of all images of a folder."""
@@ -132,7 +143,7 @@ def extract_features(images: Any, extract: Extract, batch_size: int = 64) -> Ten
     tensors = to_tensors(images)
     if not len(tensors):
         raise RewardError("Expected one or more images to take features of but got none.")
-    place = next((w.device for w in extract.parameters()), None) if isinstance(extract, nn.Module) else None
+    place = next((weight.device for network in networks_of(extract) for weight in network.parameters()), None)
     rows = [tensor if place is None else tensor.to(place) for tensor in tensors]
     if len({row.shape for row in rows}) > 1:
         return torch.cat([extract(row[None]) for row in rows])

@@ -4,7 +4,7 @@
     weighted   exp(log_scale) sum_d w_d i_d t_d: small enough for bootstrapped ensembles on one tower
     linear     w x + b of x, which is i t (elementwise), i alone, or both with t; `mlp` has hidden layers before
 
-Linear and mlp heads end in a number, a histogram (HL-Gauss) or quantiles (`values/heads.py`); the last two know a std.
+Linear and mlp heads end in a number, a histogram (HL-Gauss) or quantiles (`outputs.py`); the last two know a std.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from t2i_align.rewards.outputs import HEADS
 
 READS = {"product": 1, "image": 1, "both": 3}  # what a head looks at, and how often it has the width of the features
 
@@ -61,7 +63,7 @@ class Readout(Head):
         features: D.
         reads: a key of `READS`.
         hidden: widths of hidden layers; none for a linear head.
-        output: a key of `values.heads.HEADS`.
+        output: a key of `outputs.HEADS`.
     """
 
     offset: Tensor
@@ -70,8 +72,6 @@ class Readout(Head):
     def __init__(
         self, features: int, reads: str = "product", hidden: tuple[int, ...] = (), output: str = "regression"
     ) -> None:
-        from t2i_align.values.heads import HEADS
-
         super().__init__()
         self.facts = {
             "kind": "mlp" if hidden else "linear",

@@ -76,12 +76,14 @@ class ImageReward(Scorer):
             if backend == "own"
             else _load_package(weights)
         )
+        self.preprocessing = self.network.preprocessing if backend == "own" else None
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         if self.backend == "package":
             self.network.device = images.device  # it moves its inputs there itself
             pairs = zip(images, prompts.text, strict=True)
-            return torch.tensor([self.network.score(text, tensor_to_pil(image)) for image, text in pairs])
+            values = [self.network.score(text, tensor_to_pil(image)) for image, text in pairs]
+            return torch.tensor(values, device=images.device)
         return (self.network(images, prompts.text) - MEAN) / SD
 
 

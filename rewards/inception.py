@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import inception
 
 from t2i_align.rewards.expression import RewardError
+from t2i_align.rewards.files import read_weights
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # github.com/mseitzer/pytorch-fid, release fid_weights
 CLASSES = 1008
@@ -77,9 +77,9 @@ def load_inception(file: str) -> Inception:
             f"Expected {file} to be FID's Inception weights: download {WEIGHTS} from pytorch-fid's releases on GitHub "
             "and name it as inception:FILE."
         )
-    made = Inception()
+    made, state = Inception(), read_weights(Path(file))
     try:
-        made.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (RuntimeError, OSError, ValueError) as error:
+        made.network.load_state_dict(state)
+    except RuntimeError as error:
         raise RewardError(f"Cannot read {file} as FID's Inception weights: {' '.join(str(error).split())}") from error
     return made

@@ -70,6 +70,7 @@ class MPS(Scorer):
     source: ClassVar[str] = PUBLISHED
     files: ClassVar[tuple[WeightFile, ...]] = (WeightFile("model.safetensors", PUBLISHED),)
     summary: ClassVar[str] = "how well people like a picture for a prompt, all dimensions together"
+    preprocessing: Preprocessing
 
     def __init__(self, weights: str = "", condition: str = OVERALL, threshold: float = 0.3) -> None:
         super().__init__()

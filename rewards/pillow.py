@@ -31,9 +31,9 @@ def pillow_resize(images: Tensor, size: tuple[int, int], mode: str = "bicubic") 
     height, width = images.shape[-2:]
     exact = torch.float32 if images.device.type == "mps" else torch.float64  # fp64 sums of these integers are exact
     if width != size[1]:
-        images = _round(images.to(exact) @ _weights(width, size[1], mode).to(images.device, exact).T)
+        images = _round(images.to(exact) @ _weights(width, size[1], mode, images.device, exact).T)
     if height != size[0]:
-        images = _round(_weights(height, size[0], mode).to(images.device, exact) @ images.to(exact))
+        images = _round(_weights(height, size[0], mode, images.device, exact) @ images.to(exact))
     return images.float() / 255
 
 
@@ -50,9 +50,9 @@ def center_crop(images: Tensor, size: int) -> Tensor:
     return images[..., top : top + size, left : left + size]
 
 
-@lru_cache(maxsize=64)
-def _weights(old: int, new: int, mode: str) -> Tensor:
-    """(new, old): what each old pixel adds to each new one."""
+@lru_cache(maxsize=32)
+def _weights(old: int, new: int, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(new, old): what each old pixel adds to each new one; computed on the CPU, once for each device."""
     scale = old / new
     stretch = max(scale, 1.0)  # the filter widens where pixels get fewer: Pillow always antialiases
     support = SUPPORT[mode] * stretch
@@ -63,7 +63,7 @@ def _weights(old: int, new: int, mode: str) -> Tensor:
     inside = (pixel >= first[:, None]) & (pixel < last[:, None])
     weights = _filter((pixel - center[:, None] + 0.5).abs() / stretch, mode) * inside
     fixed = weights / weights.sum(1, keepdim=True) * PLACES
-    return (fixed + 0.5 * fixed.sign()).trunc() / PLACES
+    return ((fixed + 0.5 * fixed.sign()).trunc() / PLACES).to(device, dtype)
 
 
 def _filter(x: Tensor, mode: str) -> Tensor:

@@ -13,7 +13,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards import sets
 from t2i_align.rewards.base import Scorer, Scores
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.features import Extract, extract_features, load_features
+from t2i_align.rewards.features import Extract, extract_features, load_features, networks_of
 from t2i_align.rewards.mixing import group_index
 
 
@@ -44,6 +44,9 @@ class SetReward(Scorer):
         said = [f"reference={reference}"] if reference else []
         said += [f"per={per}"] if per != self.usual else []
         self.name = f"{self.function}({', '.join([shown, *said])})"
+
+    def networks(self) -> list[nn.Module]:
+        return list(dict.fromkeys([*super().networks(), *networks_of(self.features)]))
 
     def measure(self, images: Tensor, prompts: Prompts) -> tuple[Tensor, ...]:
         with torch.no_grad():

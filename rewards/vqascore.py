@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class VQAScore(Scorer):
     unit: ClassVar[str] = "root of a probability"
     source: ClassVar[str] = "zhiqiulin/clip-flant5-xxl"
     summary: ClassVar[str] = "how surely CLIP-FlanT5 says that the picture shows the prompt"
+    preprocessing: Padded
 
     def __init__(
         self, model: Model = "xxl", weights: str = "", tokenizer: str = "", vision: str = "", dtype: str = "bfloat16"
@@ -94,7 +95,7 @@ class VQAScore(Scorer):
         self.start = int(words.pad_token_id)  # T5 starts its answers with it
         self.words, self.tokenise = len(words), lambda text: torch.tensor(words(text).input_ids)
         self.network, self.projector, self.eye = _load(folders["weights"], folders["vision"], kind)
-        self.size = int(self.eye.config.image_size)
+        self.preprocessing = Padded(int(self.eye.config.image_size))
 
     @classmethod
     def missing(cls, **options: Any) -> str | None:
@@ -118,8 +119,7 @@ class VQAScore(Scorer):
     def patches(self, images: Tensor) -> Tensor:
         """(B, 576, width) features of the patches, of the last layer but one, without the class token."""
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-        square = pillow_resize(_to_square(images), (self.size, self.size))
-        pixels = ((square - mean) / std).to(next(self.projector.parameters()).dtype)
+        pixels = ((self.preprocessing.fit(images) - mean) / std).to(next(self.projector.parameters()).dtype)
         return self.eye(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
 
     def _question(self, prompt: str, taken: int) -> Tensor:
@@ -128,6 +128,16 @@ class VQAScore(Scorer):
         if len(tokens) > left:
             warnings.warn(f"Only the first {left} tokens of the question with {prompt!r:.80} are read.", stacklevel=2)
         return tokens[:left]
+
+
+class Padded(NamedTuple):
+    """The picture as the middle of a square, resized in 8 bits."""
+
+    size: int
+
+    def fit(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, size, size)."""
+        return pillow_resize(_to_square(images), (self.size, self.size))
 
 
 def _to_square(images: Tensor) -> Tensor:

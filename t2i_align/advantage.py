@@ -1,6 +1,7 @@
 """From rewards to advantages: per group, per prompt over a run, per reward, and by Pareto dominance.
 
 Rewards are group-major (B,), groups of equal size; a reward that is no number gets advantage 0 and moves no statistic.
+All is computed in float64 on the CPU, since not every device has that, and handed back where the rewards are.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def group_advantage(
         eps: added to the standard deviation.
         clip: largest absolute advantage; None for no bound.
     """
-    values = rewards.double().reshape(-1, group)
+    values = rewards.cpu().double().reshape(-1, group)
     centred = values - values.nanmean(1, keepdim=True)
     if spread == "none":
         scaled = centred
@@ -38,7 +39,7 @@ def group_advantage(
         std = (around.square().nansum(dims, keepdim=True) / (counted - ddof).clamp(min=1)).sqrt()
         scaled = centred / (std + eps)
     scaled = scaled.nan_to_num(nan=0.0)
-    return (scaled if clip is None else scaled.clamp(-clip, clip)).flatten().float()
+    return (scaled if clip is None else scaled.clamp(-clip, clip)).flatten().float().to(rewards.device)
 
 
 def gdpo_advantage(parts: dict[str, Tensor], weights: dict[str, float], group: int, clip: float | None = 5.0) -> Tensor:
@@ -76,16 +77,16 @@ def gains_by_step(advantage: Tensor, previews: Tensor, group: int, decay: float)
         decay: lambda, from 0 to 1.
     """
     count = len(advantage)
-    rows = previews.double().reshape(-1, group if group > 1 else count, previews.shape[1])
+    rows = previews.cpu().double().reshape(-1, group if group > 1 else count, previews.shape[1])
     seen = (rows - rows.nanmean(1, keepdim=True)).nan_to_num(nan=0.0).reshape(count, -1)
-    final = advantage.double()
+    final = advantage.cpu().double()
     slope = (seen * final[:, None]).sum(0) / seen.square().sum(0).clamp(min=1e-12)
     values = torch.cat([slope.clamp(min=0) * seen, final[:, None]], 1)
     gains, total, out = values.diff(dim=1), torch.zeros_like(final), []
     for step in reversed(range(gains.shape[1])):
         total = gains[:, step] + decay * total
         out.append(total)
-    return torch.stack(out[::-1], 1).float()
+    return torch.stack(out[::-1], 1).float().to(advantage.device)
 
 
 class PromptTracker:
@@ -97,7 +98,7 @@ class PromptTracker:
 
     def advantage(self, prompts: list[str], rewards: Tensor, eps: float = 1e-6, clip: float | None = 5.0) -> Tensor:
         """Take in rewards (B,) and standardise them: by their prompt's statistics, the batch's until it has enough."""
-        values = rewards.double()
+        values = rewards.cpu().double()
         out = torch.zeros_like(values)
         for prompt, value in zip(prompts, values.tolist(), strict=True):
             if value == value:  # not nan
@@ -108,7 +109,7 @@ class PromptTracker:
             own = torch.tensor(list(past), dtype=torch.float64) if len(past) >= self.min_count else known
             out[i] = (values[i] - own.mean()) / (own.std(correction=0) + eps)
         out = out.nan_to_num(nan=0.0)
-        return (out if clip is None else out.clamp(-clip, clip)).float()
+        return (out if clip is None else out.clamp(-clip, clip)).float().to(rewards.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -121,14 +122,14 @@ class PromptTracker:
 
 def unequal_pairs(rewards: Tensor, group: int, extremes: bool = False) -> Tensor:
     """Pairs (winner, loser) (M, 2) of samples of one prompt whose rewards differ; all of them, or best and worst."""
-    values = rewards.double().reshape(-1, group)
+    values = rewards.cpu().double().reshape(-1, group)
     if extremes:
         high = values.nan_to_num(nan=-float("inf")).argmax(1)
         low = values.nan_to_num(nan=float("inf")).argmin(1)
         first = group * torch.arange(len(values))
         rows = torch.arange(len(values))
         differ = values[rows, high] > values[rows, low]
-        return torch.stack([first + high.cpu(), first + low.cpu()], 1)[differ.cpu()]
+        return torch.stack([first + high, first + low], 1)[differ]
     better = values[:, :, None] > values[:, None, :]  # false wherever one is nan
     which, win, lose = better.nonzero(as_tuple=True)
-    return torch.stack([which * group + win, which * group + lose], 1).cpu()
+    return torch.stack([which * group + win, which * group + lose], 1)

@@ -107,7 +107,10 @@ def sample_generator(seed: int, prompt: str, repeat: int, particle: int) -> torc
 def kernel_samples(
     driver: Driver, prompts: Prompts, jobs: Sequence[tuple[int, int]], *, batch_size: int, **options: Any
 ) -> Iterator[Sample]:
-    """As `generate_samples`, by a kernel: the last latents of `chains`, whose options these are, as pictures."""
+    """As `generate_samples`, by a kernel: the last latents of `chains`, whose options these are, as pictures.
+
+    `driver`: made with the keywords of the pipeline's `__call__`, which decoding reads, too.
+    """
     if batch_size < 1:
         raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
     for first in range(0, len(jobs), batch_size):

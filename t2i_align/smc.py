@@ -26,7 +26,7 @@ class Weights(NamedTuple):
 
     def add(self, nats: Tensor) -> Weights:
         """Multiply the weights by exp(nats) (P, K); nan counts as weight zero."""
-        moved = self.log + torch.nan_to_num(nats.double().cpu(), nan=-math.inf, posinf=-math.inf)
+        moved = self.log + torch.nan_to_num(nats.cpu().double(), nan=-math.inf, posinf=-math.inf)
         return self._replace(log=moved)
 
     @property

@@ -2,10 +2,15 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 
 from t2i_align.advantage import PromptTracker, gains_by_step, gdpo_advantage, group_advantage, unequal_pairs
+from t2i_align.methods.expansion import expansion_advantage
+from t2i_align.methods.rwr import best_of, tilted
+from t2i_align.pipelines.grid import read_grid
+from t2i_align.smc import Weights
 
 NAN = math.nan
 
@@ -94,3 +99,44 @@ def test_pairs_hold_unequal_rewards_of_one_prompt():
     assert unequal_pairs(rewards, 3).tolist() == [[1, 0], [2, 0], [5, 3]]
     assert unequal_pairs(rewards, 3, extremes=True).tolist() == [[1, 0], [5, 3]]
     assert unequal_pairs(torch.ones(4), 2, extremes=True).shape == (0, 2)
+
+
+class OnMac(torch.Tensor):
+    """As if of an Apple GPU, which has no float64."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler()  # keeps its sigmas on the device
+
+
+def levels(sigmas):
+    FLOW.set_timesteps(8)
+    FLOW.sigmas = sigmas
+    return read_grid(FLOW).sigma
+
+
+ON_A_DEVICE = {
+    "group": lambda rewards: group_advantage(rewards, 4),
+    "gdpo": lambda rewards: gdpo_advantage({"a": rewards, "b": rewards.square()}, {"a": 1.0, "b": 2.0}, 4),
+    "gains": lambda rewards: gains_by_step(rewards, torch.stack([rewards, 2 * rewards], 1), 4, 0.5),
+    "tracker": lambda rewards: PromptTracker(min_count=2).advantage(["p", "q"] * 4, rewards),
+    "pairs": lambda rewards: unequal_pairs(rewards, 4),
+    "extremes": lambda rewards: unequal_pairs(rewards, 4, extremes=True),
+    "tilted": lambda rewards: tilted(rewards.reshape(2, 4), 0.5),
+    "best_of": lambda rewards: best_of(rewards.reshape(2, 4), 2),
+    "expansion": lambda rewards: expansion_advantage(rewards, torch.arange(8) % 2, 5.0),
+    "weights": lambda rewards: Weights.uniform(2, 4).add(rewards.reshape(2, 4)).log,
+    "grid": lambda rewards: levels(torch.cat([rewards.sort(descending=True).values, 0 * rewards[:1]])),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_a_device_without_float64_has_the_same_numbers(name):
+    rewards = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    function = ON_A_DEVICE[name]
+    assert torch.equal(function(rewards.as_subclass(OnMac)).as_subclass(torch.Tensor), function(rewards))

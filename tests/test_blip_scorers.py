@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -152,6 +154,20 @@ def test_the_package_backend_says_what_is_wrong_with_the_package(tmp_path):
         ImageReward(str(tmp_path), backend="package")
     with pytest.raises(RewardError, match="Did you mean 'package'"):
         ImageReward(str(tmp_path), backend="packages")
+
+
+def test_the_package_backend_answers_where_the_images_are(tmp_path, monkeypatch):
+    """The package itself returns Python numbers."""
+    write_blip(tmp_path, "image_reward", "ImageReward.pt")
+    (tmp_path / "med_config.json").write_text("{}")
+    network = types.SimpleNamespace(score=lambda text, image: 0.5)
+    package = types.SimpleNamespace(load=lambda *args, **options: network)
+    monkeypatch.setitem(sys.modules, "ImageReward", package)
+    scorer = ImageReward(str(tmp_path), backend="package")
+    monkeypatch.setattr("t2i_align.rewards.image_reward.tensor_to_pil", lambda image: image)
+    scores = scorer(torch.zeros(2, 3, 4, 4, device="meta"), Prompts(("a", "b")))
+    assert (scores.device.type, scores.shape) == ("meta", (2,))
+    assert network.device.type == "meta"
 
 
 def test_variants_of_cyclereward_are_files_of_their_own(tmp_path):

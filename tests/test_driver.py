@@ -313,6 +313,31 @@ def test_an_active_cache_is_refused():
         driver.predict(x, 0, cond, 2)
 
 
+def test_calls_are_split_by_timestep_only_where_the_loop_needs_it(pipe, cond, monkeypatch):
+    """What else fails is no reason, above all too little memory; the user is told why it became slower."""
+    driver, at = Driver(pipe, guidance_scale=3.0), torch.tensor([0, 1])
+    x, mine = driver.start(cond[[0, 1]], 4), cond[[0, 1]]
+    expected, whole, failing = driver.predict(x, at, mine, 4), driver._predict, []
+
+    def fails(x, at, *rest):
+        if isinstance(at, torch.Tensor):
+            failing.append(1)
+            raise errors.pop(0)
+        return whole(x, at, *rest)
+
+    monkeypatch.setattr(driver, "_predict", fails)
+    errors = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory (1 GB)")]
+    while errors:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            driver.predict(x, at, mine, 4)
+    assert not driver.one_timestep
+    errors.append(RuntimeError("a Tensor with 2 elements cannot be converted to Scalar"))
+    with pytest.warns(UserWarning, match="one timestep in a call, .* cannot be converted to Scalar"):
+        torch.testing.assert_close(driver.predict(x, at, mine, 4), expected, rtol=1e-5, atol=1e-5)
+    driver.predict(x, at, mine, 4)
+    assert len(failing) == 3  # from then on it is not tried
+
+
 def test_only_loops_that_read_their_index_are_said_to():
     assert not needs_index(diffusers.StableDiffusionPipeline, {})
     assert not needs_index(diffusers.FluxPipeline, {})

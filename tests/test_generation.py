@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import t2i_align as t2i
 from t2i_align.generation import generate_samples
+from t2i_align.jobs import GenerateJob, run_generate
 from t2i_align.prompts import Prompts
+from tests.families import FAMILIES
 
 CALL = {"num_inference_steps": 4, "guidance_scale": 3.0}
 PROMPTS = ["a red circle", "two green stars", "a red circle"]
@@ -51,6 +54,18 @@ def test_an_alias_brings_its_defaults():
     (same,) = t2i.generate("tiny-sd", "a red circle", seed=3, num_inference_steps=25)
     assert image.size == (64, 64)
     assert (np.asarray(image) == np.asarray(same)).all()
+
+
+def test_packed_latents_are_drawn_by_a_kernel_at_any_size(tmp_path):
+    FAMILIES["flux-dev"]().pipe.save_pretrained(tmp_path / "flux")
+    job = GenerateJob(
+        prompts=("a red circle",), pipeline=str(tmp_path / "flux"), particles=2, steps=2, kernel="flow_sde(0.7)",
+        height=16, width=48,
+    )  # fmt: skip
+    rows = run_generate(job, tmp_path / "out", device="cpu")
+    for row in rows:
+        with Image.open(tmp_path / "out" / row["image"]) as image:
+            assert image.size == (48, 16)
 
 
 def test_a_batch_size_of_nothing_is_refused(pipe):

@@ -40,7 +40,7 @@ def test_short_names_are_never_imported():
 
 def test_imports_point_one_way():
     lower = [*(ROOT / "rewards").glob("*.py"), *(ROOT / "pipelines").glob("*.py")]
-    above = re.compile(r"t2i_align\.(methods|steering|training|cli|jobs|demo|scoring)\b")
+    above = re.compile(r"t2i_align\.(methods|steering|training|values|cli|jobs|demo|scoring)\b")
     assert not [path for path in lower if above.search(path.read_text(encoding="utf-8"))]
 
 
@@ -52,6 +52,11 @@ def test_import_and_help_load_no_heavy_library():
     heavy = "{'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'scipy', 'pyarrow'}"
     code = f"import sys, t2i_align, t2i_align.cli.main; print(sorted({heavy} & set(sys.modules)))"
     assert run(code).strip() == "[]"
+
+
+def test_a_trained_scorers_head_needs_no_diffusion_library():
+    code = "import sys; from t2i_align.rewards.heads import Readout; Readout(4); print('diffusers' in sys.modules)"
+    assert run(code).strip() == "False"
 
 
 def test_public_names_are_there():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from t2i_align.rewards.pillow import center_crop, pillow_resize, shortest_side
+from t2i_align.rewards.pillow import _weights, center_crop, pillow_resize, shortest_side
 
 MODES = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -28,6 +28,15 @@ def test_every_bit_is_pillows(mode, old, new):
     ours = (255 * pillow_resize(tensor(pixels), new, mode))[0].permute(1, 2, 0)
     assert torch.equal(ours.round().to(torch.uint8), torch.from_numpy(theirs.copy()))
     torch.testing.assert_close(ours, ours.round(), rtol=0, atol=1e-4)
+
+
+def test_weights_are_taken_to_a_device_once():
+    _weights.cache_clear()
+    images = torch.zeros(2, 3, 40, 50, device="meta")
+    for _ in range(3):
+        assert pillow_resize(images, (20, 30)).shape == (2, 3, 20, 30)
+    assert _weights.cache_info()[:2] == (4, 2)  # hits, misses
+    assert _weights(50, 30, "bicubic", images.device, torch.float64).device.type == "meta"
 
 
 @pytest.mark.parametrize("old", [(333, 512), (512, 333), (225, 224), (64, 64)])

@@ -262,6 +262,33 @@ def test_an_open_pipeline_is_the_base_of_its_run(here, cli):
     assert load_run("named/config.yaml").model.use == "base"
 
 
+class Smooth(Red):
+    name, differentiable = "smooth", True
+
+
+VALUE = {"net": "clip", "clip": "tiny_clip", "width": 8}
+PACKED = {
+    "grpo": {"use": "grpo", "group": 2, "steps": 2, "batch_size": 2},
+    "draft": {"use": "draft", "group": 2, "steps": 2, "batch_size": 2},
+    "vard": {"use": "vard", "group": 2, "steps": 2, "batch_size": 2, "warmup": 0, "value": VALUE},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_latents_are_trained_at_any_size(here, name):
+    """Their shape does not say the picture's: whatever decodes them must know what size the run draws."""
+    changes = {
+        "model": {"call": {"height": 16, "width": 48, "max_sequence_length": 16}},
+        "policy": {"use": "lora", "rank": 2, "targets": ["attn.to_q"]},
+        "method": PACKED[name],
+        "reward": "tests.test_run:Smooth",
+        "prompts": CONFIG["prompts"] | {"per_round": 1},
+        "evaluate": {"steps": 1, "images": 1, "kl_images": 1, "prompts": CONFIG["evaluate"]["prompts"]},
+    }
+    done = train({**CONFIG, **changes}, pipeline=FAMILIES["flux-dev"]().pipe, out="run", **{"train.steps": 1})
+    assert done.step == 1
+
+
 class Exact(Red):
     """Refuses to compute in another number type than its own."""
 

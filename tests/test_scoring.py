@@ -14,6 +14,7 @@ from PIL import Image
 from t2i_align.errors import T2IError
 from t2i_align.rewards import Scorer, load_reward
 from t2i_align.scoring import Row, check_output, read_rows, score_columns, score_file, score_rows, write_table
+from tests import tiny_scorers, tiny_vlm
 
 
 class Brightness(Scorer):
@@ -245,6 +246,29 @@ def test_images_of_several_sizes_and_modes(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "3.png")
     rows.append(Row(tmp_path / "3.png", None))
     assert brightness(score_rows(rows, [Brightness()])) == [0, 50, 100, 255]
+
+
+FIXED = [tiny_scorers.aesthetic_v25, tiny_scorers.mps, tiny_vlm.image_reward, tiny_vlm.cyclereward, tiny_vlm.vqascore]
+
+
+@pytest.mark.parametrize("build", FIXED)
+def test_networks_of_one_input_size_run_once_for_pictures_of_many(build, tmp_path):
+    scorer = build(tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    rows = []
+    for n, (height, width) in enumerate([(40, 50), (64, 30), (40, 50), (33, 33)]):
+        pixels = (255 * torch.rand(height, width, 3, generator=rng)).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
+        rows.append(Row(tmp_path / f"{n}.png", "a red circle"))
+    alone = [score_rows([row], [scorer])[0][scorer.name] for row in rows]
+    calls = []
+    scorer.register_forward_hook(lambda *_: calls.append(1))
+    together = [row[scorer.name] for row in score_rows(rows, [scorer])]
+    assert len(calls) == 1
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    seen = torch.rand(2, 3, 45, 37, generator=rng)
+    fitted = scorer.preprocessing.fit(seen)
+    assert torch.equal(scorer.preprocessing.fit(fitted), fitted)  # `forward` fits again
 
 
 def test_a_scorer_that_fails_for_one_image_costs_only_that_row(tmp_path):

@@ -15,6 +15,7 @@ from t2i_align.rewards.sets import (
     vendi,
     vendi_contributions,
 )
+from tests import tiny_scorers as tiny
 
 
 def normal(*shape, seed=0):
@@ -197,6 +198,27 @@ def test_features_of_a_clip_scorer_run_once_with_it():
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("kind", ["tiny_clip", "hub", "inception"])
+def test_pictures_follow_an_extractor_to_its_device(kind, tmp_path):
+    """An extractor on a CLIP has no weights of its own: pictures must go where its tower is."""
+    spec = kind
+    if kind == "hub":
+        spec = str(tmp_path)
+        tiny.hf_clip(tmp_path, words=True)
+    if kind == "inception":
+        spec = f"inception:{tmp_path / 'weights.pth'}"
+        torch.save(Inception().network.state_dict(), tmp_path / "weights.pth")
+    picture = Image.new("RGB", (96, 80), "red")
+    here = extract_features([picture] * 2, load_features(spec))
+    moved = load_features(spec).to("meta")
+    there = extract_features([picture] * 2, moved)
+    assert (there.device.type, there.shape) == ("meta", here.shape)
+    reward = Vendi(spec).to("meta")
+    weights = [weight for network in reward.networks() for weight in network.parameters()]
+    assert weights
+    assert {weight.device.type for weight in weights} == {"meta"}  # where `scores` sends pictures
+
+
 def test_unknown_features_are_refused():
     with pytest.raises(RewardError, match="has no image features"):
         load_features("verifier")
@@ -243,3 +265,6 @@ def test_inception_reads_a_weight_file(tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(RewardError, match="FID's Inception weights"):
         load_features(f"inception:{tmp_path / 'other.pth'}")
+    torch.save({"x": Inception}, tmp_path / "code.pth")
+    with pytest.raises(RewardError, match="could run code"):
+        load_features(f"inception:{tmp_path / 'code.pth'}")

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from t2i_align.errors import T2IError
-from t2i_align.pipelines import Driver, PipelineError, load_pipeline
+from t2i_align.pipelines import Driver, PipelineError, load_pipeline, preview_pipeline
 from t2i_align.pipelines.kernels import ddim, flow_sde, ode
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import FunctionScorer, RewardError
-from t2i_align.steering import Ctx, SteeringError, load_method, steer
-from t2i_align.steering.best_of_n import chi_squared, expected_best, kl
+from t2i_align.rewards import FunctionScorer, RewardError, load_reward
+from t2i_align.steering import Ctx, SteeringError, load_method, method_name, steer
+from t2i_align.steering.best_of_n import BestOfN, chi_squared, expected_best, kl
+from t2i_align.steering.checks import gradient_free
 from t2i_align.steering.fk import State
+from t2i_align.steering.job import read_method
 
 STEPS, C = 8, 1.0
 
@@ -248,6 +250,25 @@ def test_rewards_on_the_scale_of_the_pipeline(tmp_path, monkeypatch):
         steer("tiny-sd", ["a red circle"], "calibrated(verifier)", "best_of_n", particles=1, steps=1)
 
 
+def test_a_reward_by_name_goes_where_the_pipeline_computes(monkeypatch):
+    """One that the user opened stays where it is."""
+    seen = []
+
+    class Stop(Exception):
+        """All is made."""
+
+    def made(driver, judge, *rest):
+        seen.append(judge.tower.device.type)
+        raise Stop
+
+    monkeypatch.setattr("t2i_align.steering.Ctx", made)
+    pipe = load_pipeline("tiny-sd").to("meta")
+    for reward in ("tiny_clip", load_reward("tiny_clip")):
+        with pytest.raises(Stop):
+            steer(pipe, "a red circle", reward)
+    assert seen == ["meta", "cpu"]
+
+
 def test_previews_by_a_small_decoder():
     """Rewards along the way see its pictures, final ones the pipeline's; decoders of other latents are refused."""
     from diffusers import AutoencoderTiny
@@ -273,10 +294,41 @@ def test_previews_by_a_small_decoder():
         final = Driver(pipe).decode(results[0].latents.flatten(0, 1))
     torch.testing.assert_close(results[0].images.flatten(0, 1), final)
     assert (seen[0] - seen[2]).abs().mean() > 0.05  # previews of the same latents by the small decoder and by its own
+    with torch.no_grad():
+        small.decoder.layers[-1].weight.mul_(50)  # glaring colours
+    ctx = Ctx(Driver(pipe), FunctionScorer(first_red), decoder=Driver(preview_pipeline(pipe, small)))
+    x = results[0].latents.flatten(0, 1).requires_grad_()
+    preview = ctx.decode(x, preview=True)
+    saturated = (preview == 0) | (preview == 1)
+    assert saturated.any()
+    assert torch.autograd.grad(preview[saturated].sum(), x)[0].any()  # the clamp lets gradients through
     with pytest.raises(PipelineError, match="Expected an autoencoder of 8 latent channels"):
         steer(pipe, "two green stars", first_red, "fk", decoder=AutoencoderTiny())
     with pytest.raises(PipelineError, match="There is no autoencoder nowhere"):
         steer(pipe, "two green stars", first_red, "fk", decoder="nowhere")
+
+
+class Mine(BestOfN):
+    """A method of one's own."""
+
+    extra: int = 0
+
+
+def test_a_method_of_ones_own_is_named_by_its_module():
+    method = load_method("tests.test_steering:Mine", extra=3)
+    assert type(method).__name__ == "Mine"
+    assert method.extra == 3
+    chain = load_method("chain", stages=[method, "noise_search"])
+    assert [method_name(stage) for stage in chain.methods] == ["tests.test_steering:Mine", "noise_search"]
+    assert read_method("tests.test_steering:Mine", ["extra=2"])[0] == "tests.test_steering:Mine"
+    with pytest.raises(SteeringError, match="subclass of"):
+        load_method("tests.test_steering:Ctx")
+
+
+def test_methods_without_gradients_are_named_where_one_is_asked_for():
+    assert gradient_free() == ["best_of_n", "fk", "svdd", "noise_search"]
+    for name in gradient_free():
+        assert not load_method(name).needs_gradient
 
 
 def test_unknown_methods_and_settings_are_refused():

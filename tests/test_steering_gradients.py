@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from t2i_align.keys import generator
 from t2i_align.pipelines.driver import Driver
 from t2i_align.pipelines.grid import Level
 from t2i_align.pipelines.kernels import ddim, ode
@@ -361,6 +362,8 @@ def test_fresh_noise_is_likely_and_constants_are_not():
     some = (0.5 * fresh[:2, :, :20]).double().requires_grad_()
     (slope,) = torch.autograd.grad(method.log_probability(some, 0, 3).sum(), some)
     torch.testing.assert_close(method.log_probability_gradient(some, 0, 3), slope)
+    orders = method._orders(torch.zeros(1, 20), 0, 3)
+    assert torch.equal(next(orders), torch.randperm(20, generator=generator(0, "order", 3, 0)))  # one at a time
     with pytest.raises(SteeringError, match="at least 4 numbers"):
         load_method("dno", noises="start", iterations=2)(context(size=1), Prompts.of("0"))
 

@@ -16,6 +16,7 @@ from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer
+from t2i_align.rewards.outputs import HEADS, SMEAR, HLGauss
 from t2i_align.rewards.tiny import TinyCLIP
 from t2i_align.steering import Ctx as Steer
 from t2i_align.steering import load_method
@@ -24,7 +25,6 @@ from t2i_align.training.run import train
 from t2i_align.values import Served, Value, ValueBlock, load_value
 from t2i_align.values.calibration import calibrate, plot_calibration, within_prompts
 from t2i_align.values.critic import Critic
-from t2i_align.values.heads import HEADS, SMEAR, HLGauss
 from t2i_align.values.readers import Source, ValueFunctionError, middle_layer
 from t2i_align.values.value import READ, dims_of
 from tests.families import FAMILIES

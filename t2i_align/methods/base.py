@@ -55,7 +55,7 @@ class SamplingSettings(Settings):
 class Tools:
     """What a method works with besides its weights; not a module, so that `fit` trains the policy alone."""
 
-    driver: Driver
+    driver: Driver  # with the keywords of `call`, which encoding and decoding read, too
     scorer: Scorer | None  # None where nothing is scored
     call: dict[str, Any] = field(default_factory=dict)  # keywords of the pipeline in training, such as guidance_scale
 
@@ -161,16 +161,16 @@ class OnPolicy(Method):
     def report(self, batch: Any) -> dict[str, float]:
         """Rewards of a round: their mean and those of their parts, their spread within prompts (DDPO: in all)."""
         data: Rollout = batch[0]
-        total, parts = data.scores.total.double().cpu(), data.scores.parts
+        total, parts = data.scores.total.cpu().double(), data.scores.parts
         groups = total.reshape(-1, data.group) if data.group > 1 else total[None]
         off = groups - groups.nanmean(1, keepdim=True)
         seen = {"reward": total.nanmean()}
         if groups.shape[1] > 1:  # one image alone has none
             seen["reward_spread"] = off.square().nanmean().sqrt()
         if len(parts) > 1:
-            seen |= {f"reward/{name}": values.double().nanmean() for name, values in parts.items()}
+            seen |= {f"reward/{name}": values.cpu().double().nanmean() for name, values in parts.items()}
         if data.scores.std is not None:
-            seen |= {"reward_std": data.scores.std.double().nanmean(), "trust": data.trust.mean()}
+            seen |= {"reward_std": data.scores.std.cpu().double().nanmean(), "trust": data.trust.mean()}
         if isinstance(self.tools.scorer, Limited):
             held = zip(self.tools.scorer.constraints, self.tools.scorer.multipliers(), strict=True)
             seen |= {f"multiplier/{limit.scorer.name}": value for limit, value in held}

@@ -131,10 +131,11 @@ class Expander(nn.Module):
 
 def expansion_advantage(rewards: Tensor, serving: Tensor, clip: float) -> Tensor:
     """Rewards (P,) of prompts, standardised among those that serve the same one; 0 for one alone, and for NaN."""
-    out = torch.zeros_like(rewards, dtype=torch.float64)
+    rewards, serving = rewards.cpu().double(), serving.cpu()
+    out = torch.zeros_like(rewards)
     for k in serving.unique():
         mine = serving == k
-        values = rewards[mine].double()
+        values = rewards[mine]
         centred = values - values.nanmean()
         out[mine] = centred / (centred.square().nanmean().sqrt() + 1e-4)
     return out.nan_to_num(nan=0.0).clamp(-clip, clip)

@@ -174,12 +174,11 @@ class RewardGradient(OnPolicy):
             TrainingError: latents that are no numbers; a reward without gradients, or without the std for `discount`.
         """
         s, driver = self.settings, self.tools.driver
-        found = {"image_processor", "video_processor"} & set(vars(driver.pipe))
         if not latents.isfinite().all():
             raise TrainingError(DIVERGED)
         latents = latents.requires_grad_()
         with torch.autocast(latents.device.type, enabled=False):
-            free = s.straight_through and bool(found)
+            free = s.straight_through and bool(driver.clamps)
             images = driver.decode(latents, s.batch_size, straight_through=free, checkpointing=s.checkpointing)
             real = images.detach().isfinite().flatten(1).all(1)
             pixels = images.detach().float().where(real[:, None, None, None], 0.0).requires_grad_()

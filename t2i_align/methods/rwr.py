@@ -63,14 +63,14 @@ class RWR(ForwardProcess):
 
 def tilted(rewards: Tensor, beta: float) -> Tensor:
     """exp(r / beta) (P, K), scaled to a mean of 1 per row; a reward that is no number has weight 0."""
-    logits = (rewards.double() / beta).nan_to_num(nan=-torch.inf)
-    return (logits.softmax(1).nan_to_num(nan=0.0) * rewards.shape[1]).float()
+    logits = (rewards.cpu().double() / beta).nan_to_num(nan=-torch.inf)
+    return (logits.softmax(1).nan_to_num(nan=0.0) * rewards.shape[1]).float().to(rewards.device)
 
 
 def best_of(rewards: Tensor, count: int) -> Tensor:
     """K / count for the `count` largest of each row (P, K), else 0; a reward that is no number is never among them."""
     known = ~rewards.isnan()
     count = min(count, rewards.shape[1])
-    order = rewards.double().nan_to_num(nan=-torch.inf).topk(count, 1).indices
+    order = rewards.cpu().double().nan_to_num(nan=-torch.inf).topk(count, 1).indices.to(rewards.device)
     chosen = torch.zeros_like(rewards).scatter(1, order, 1.0)
     return chosen * known * rewards.shape[1] / count

@@ -17,6 +17,7 @@ from t2i_align.data.tables import printable
 from t2i_align.errors import T2IError
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer
+from t2i_align.rewards.base import Fitting
 from t2i_align.rewards.clip import TowerScorer
 from t2i_align.rewards.tower import Preprocessing
 from t2i_align.scoring.decode import Decoded, decode_row
@@ -131,7 +132,8 @@ class Scoring:
     def _measure(self, leaf: Scorer, pictures: Pictures, prompts: Prompts, able: tuple[int, ...]) -> tuple[Tensor, ...]:
         """What a leaf measures of the rows `able`, in their order."""
         tower = leaf.tower if isinstance(leaf, TowerScorer) else None
-        groups = pictures.fitted(able, tower.preprocessing) if tower else pictures.by_size(able)
+        how = tower.preprocessing if tower else leaf.preprocessing
+        groups = pictures.by_size(able) if how is None else pictures.fitted(able, how)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16" and tower is None):
             parts = [leaf.measure(images, prompts[places]) for places, images in groups]
         back = torch.tensor([n for places, _ in groups for n in places]).argsort()
@@ -161,12 +163,12 @@ class Pictures:
             ]
         return self.made[able]
 
-    def fitted(self, able: tuple[int, ...], preprocessing: Preprocessing) -> list[tuple[list[int], Tensor]]:
-        """The same as one tensor of the size that a tower takes, so that pictures of many sizes make one batch.
+    def fitted(self, able: tuple[int, ...], preprocessing: Fitting) -> list[tuple[list[int], Tensor]]:
+        """The same as one tensor of the size that a network takes, so that pictures of many sizes make one batch.
 
         For a tower that takes pictures as they are it is `by_size`.
         """
-        if preprocessing.resize == "none":
+        if isinstance(preprocessing, Preprocessing) and preprocessing.resize == "none":
             return self.by_size(able)
         key = (able, preprocessing)
         if key not in self.made:

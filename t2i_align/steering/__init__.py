@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i_align.config import load_config, nearest
+from t2i_align.config import find_class, load_config
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.steering.base import Cost, Ctx, Steered, Steering, SteeringError
@@ -43,18 +42,16 @@ METHODS = {
 
 
 def method_class(name: str) -> type[Steering]:
-    """The class behind a name of `METHODS`. Raises SteeringError with the nearest name and the list."""
-    known = name.lower().replace("-", "_")
-    if known not in METHODS:
-        raise SteeringError(
-            f"Unknown steering method {name!r}.{nearest(known, METHODS)} Available: {', '.join(METHODS)}."
-        )
-    module, _, attribute = METHODS[known].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    """The class behind a name of `METHODS`, or behind `package.module:Class`.
+
+    Raises:
+        SteeringError: no such method; the message has the nearest name and the list.
+    """
+    return find_class(name, METHODS, "steering method", "t2i_align.steering.base:Steering", SteeringError)
 
 
 def load_method(method: str | Steering, **options: Any) -> Steering:
-    """A steering method by name, with its settings.
+    """A steering method by name, or by `package.module:Class`, with its settings.
 
     Raises:
         SteeringError: no such method; the message has the nearest name and the list.
@@ -66,12 +63,10 @@ def load_method(method: str | Steering, **options: Any) -> Steering:
 
 
 def method_name(method: Steering) -> str:
-    """The name of a method's class in `METHODS`. Raises SteeringError for one that is not there."""
+    """The name that `method_class` finds a method's class by: that of `METHODS`, or `package.module:Class`."""
     known = {path: name for name, path in METHODS.items()}
     path = f"{type(method).__module__}:{type(method).__name__}"
-    if path not in known:
-        raise SteeringError(f"Expected a method among {', '.join(METHODS)} but got a {type(method).__name__}.")
-    return known[path]
+    return known.get(path, path)
 
 
 def steer(
@@ -92,10 +87,10 @@ def steer(
     """Steer a pipeline's samples by a reward.
 
     Args:
-        pipeline: what `load_pipeline` takes.
+        pipeline: what `load_pipeline` takes; open it there for a GPU.
         prompts: one text or many; all are steered together.
-        reward: what `load_reward` takes.
-        method: a name of `METHODS`, or a method with its settings.
+        reward: what `load_reward` takes; one that is opened here goes where the pipeline computes.
+        method: a name of `METHODS`, `package.module:Class`, or a method with its settings.
         steps: denoising steps; from the pipeline's card if None.
         guidance: guidance scale; from the pipeline's card if None.
         kernel: of the reverse steps, `ddim(1.0)` or the like; the method's own default if None.
@@ -115,13 +110,17 @@ def steer(
     chosen, table = load_method(method, **options), Prompts.of(prompts)
     check_gradient(chosen, reward)
     check_columns(reward, table)
-    judge = load_reward(reward, base=str(pipeline) if isinstance(pipeline, (str, Path)) else None)
+    named = isinstance(pipeline, (str, Path))
+    opened = None if named else load_pipeline(pipeline)
+    made_here = isinstance(reward, (str, Path, Mapping))  # a user's Scorer stays where it is
+    place = opened._execution_device if opened is not None and made_here else None
+    judge = load_reward(reward, place, base=str(pipeline) if named else None)
     judge.check([], table)
     check_gradient(chosen, judge)  # functions of scorers may have none of their own
     keywords = call_keywords(pipeline, steps, guidance) | (call or {})
     rows = keywords.pop("num_inference_steps", 20)
-    pipe = load_pipeline(pipeline)
+    pipe = opened or load_pipeline(pipeline)
     ctx = Ctx(Driver(pipe, **keywords), judge, rows, None if kernel is None else load_kernel(kernel), seed, max_batch)
     if decoder is not None:
-        ctx.decoder = Driver(preview_pipeline(pipe, decoder), **keywords).decode
+        ctx.decoder = Driver(preview_pipeline(pipe, decoder), **keywords)
     return chosen(ctx, table)

@@ -105,10 +105,11 @@ class Line(NamedTuple):
 class Ctx:
     """A run: driver, reward, settings that all methods share, and the meter that counts what is spent.
 
-    `kernel`: of the reverse steps; `particles` of a prompt are its samples number 0, 1, ...; `on_step` receives a row
-    of the history as soon as it is known; `lines`: samples, by the name of their random stream, that begin like a
-    particle of an earlier run instead of by a draw of their own; `repeats`: how many equal prompts come before each
-    one, where the run's prompts are part of a larger table.
+    `kernel`: of the reverse steps; `decoder`: drives the pipeline with a small autoencoder, for previews; `particles`
+    of a prompt are its samples number 0, 1, ...; `on_step` receives a row of the history as soon as it is known;
+    `lines`: samples, by the name of their random stream, that begin like a particle of an earlier run instead of by a
+    draw of their own; `repeats`: how many equal prompts come before each one, where the run's prompts are part of a
+    larger table.
     """
 
     driver: Driver
@@ -118,7 +119,7 @@ class Ctx:
     seed: int = 0
     max_batch: int = 16
     decode_batch: int = 8
-    decoder: Callable[[Tensor], Tensor] | None = None
+    decoder: Driver | None = None
     on_step: Callable[[dict[str, Any]], None] | None = None
     lines: dict[int, Line] = field(default_factory=dict)
     repeats: Sequence[int] | None = None
@@ -247,11 +248,9 @@ class Ctx:
                     f"of {latents.ndim} dimensions: use preview_scale=1."
                 )
             latents = interpolate(latents.float(), scale_factor=scale, mode="bilinear", antialias=True)
-        if preview and self.decoder is not None:
-            return torch.cat([self.decoder(part) for part in latents.split(self.decode_batch)])
-        # A pipeline without an image processor of its own does not clamp.
-        free = latents.requires_grad and "image_processor" in vars(self.driver.pipe)
-        return self.driver.decode(latents, self.decode_batch, straight_through=free)
+        driver = self.decoder if preview and self.decoder is not None else self.driver
+        free = latents.requires_grad and bool(driver.clamps)
+        return driver.decode(latents, self.decode_batch, straight_through=free)
 
     def score(self, images: Tensor, prompts: Prompts) -> Scores:
         """Scores of images; counted. Infinite rewards, and images with pixels that are no numbers, become nan."""

@@ -10,7 +10,12 @@ from t2i_align.rewards import check_reward, scorer_class
 from t2i_align.rewards.gradients import differentiable, scorer_names, without_gradient
 from t2i_align.steering.base import Steering, SteeringError
 
-GRADIENT_FREE = "best_of_n, fk, svdd, noise_search"
+
+def gradient_free() -> list[str]:
+    """The methods of the table that need no gradient of the reward, whatever their settings."""
+    from t2i_align.steering import METHODS, method_class
+
+    return [name for name in METHODS if method_class(name).needs_gradient is Steering.needs_gradient]
 
 
 def check_gradient(method: Steering, reward: Any) -> None:
@@ -30,7 +35,7 @@ def check_gradient(method: Steering, reward: Any) -> None:
     if blind:
         raise SteeringError(
             f"Expected a differentiable reward for {type(method).__name__} but {', '.join(blind)} is none: use a "
-            f"method without gradients ({GRADIENT_FREE}) or one of {', '.join(differentiable())}."
+            f"method without gradients ({', '.join(gradient_free())}) or one of {', '.join(differentiable())}."
         )
 
 

@@ -116,4 +116,4 @@ def propose(
     shift = p.std.square() * g
     x = ctx.draw(p._replace(mean=p.mean + shift), row, ids)
     ratio = g * (0.5 * shift - (x.float() - p.mean))
-    return x, ratio.flatten(1).sum(1).double().cpu()
+    return x, ratio.flatten(1).sum(1).cpu().double()

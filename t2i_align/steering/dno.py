@@ -13,6 +13,7 @@ gradients is served by `gradient="hybrid"`. Only the latents between steps are k
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -87,7 +88,7 @@ class DNO(NoiseOptimisation):
             total = total + share * more
         return total.reshape(z.shape)
 
-    def _orders(self, flat: Tensor, seed: int, iteration: int) -> list[Tensor]:
+    def _orders(self, flat: Tensor, seed: int, iteration: int) -> Iterator[Tensor]:
         """Permutations of the noise, the same for all samples."""
-        draws = [generator(seed, "order", iteration, i) for i in range(self.permutations)]
-        return [torch.randperm(flat.shape[1], generator=draw).to(flat.device) for draw in draws]
+        for i in range(self.permutations):
+            yield torch.randperm(flat.shape[1], generator=generator(seed, "order", iteration, i)).to(flat.device)

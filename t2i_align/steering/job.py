@@ -24,7 +24,7 @@ from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards import check_reward, load_reward
 from t2i_align.runs import read_jsonl, write_jsonl, write_text
 from t2i_align.scoring.views import write_pairs
-from t2i_align.steering import load_method, method_class
+from t2i_align.steering import load_method, method_class, method_name
 from t2i_align.steering.base import Cost, Ctx, Steered, Steering
 from t2i_align.steering.checks import check_columns, check_gradient
 from t2i_align.steering.live import LiveLines, slice_row
@@ -65,7 +65,7 @@ def read_method(name: str, words: Sequence[str], particles: int | None = None) -
         raise T2IError("Expected --particles or particles= but got both.")
     words = list(words) if particles is None else [f"particles={particles}", *words]
     method = load_config(kind, None, words)
-    return name.lower().replace("-", "_"), method.model_dump(mode="json")
+    return method_name(method), method.model_dump(mode="json")
 
 
 def run_steer(
@@ -116,7 +116,7 @@ def run_steer(
     rows = call.pop("num_inference_steps", 20)
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
     if job.decoder is not None:
-        ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call).decode
+        ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call)
     _steer_windows(job, method, ctx, folder)
     return _finish(job, folder, save_pairs)
 

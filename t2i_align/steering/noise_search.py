@@ -81,7 +81,7 @@ class NoiseSearch(Steering):
             for m in range(self.neighbours)
         ]
         pivots = pivots.repeat_interleave(self.neighbours, 0)
-        return neighbour(pivots.double().cpu(), torch.stack(draws), self.cosine).to(pivots)
+        return neighbour(pivots.cpu().double(), torch.stack(draws), self.cosine).to(pivots)
 
 
 def neighbour(z: Tensor, directions: Tensor, cosine: float) -> Tensor:

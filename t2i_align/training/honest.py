@@ -239,7 +239,7 @@ def drift_from_base(method: OnPolicy, prompts: Prompts, seed: int) -> dict[str, 
                     base = driver.step(latents[-1][part], row, cond[part], s.steps, kernel, **call).q
                     moved[part] = made.q._replace(mean=made.q.mean[part]).kl(base)
             kl += float(moved.mean())
-            chi2 += float((2 * moved.double()).clamp(max=600).expm1().mean())
+            chi2 += float((2 * moved.cpu().double()).clamp(max=600).expm1().mean())
         latents.append(after)
 
     driver.rollout(cond, s.steps, kernel, seed, on_step=add, batch_size=s.batch_size, start=x, **call)

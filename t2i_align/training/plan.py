@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from t2i_align.arms import parameters
 from t2i_align.methods.base import Rollout
 from t2i_align.rewards import Scorer
+from t2i_align.rewards.features import networks_of
 from t2i_align.training.distributed import ALONE
 from t2i_align.training.method import Ctx
 from t2i_align.training.precision import autocast
@@ -121,8 +122,8 @@ def standing(parts: Parts) -> tuple[int, int]:
     scorers: list[Scorer] = list(parts.judges.scorers.values())
     networks = [network for scorer in scorers for network in scorer.networks()]
     networks += parts.method.networks()
-    if isinstance(parts.judges.features, nn.Module):
-        networks.append(parts.judges.features)
+    if parts.judges.features is not None:
+        networks += networks_of(parts.judges.features)
     every = {id(p): p for p in parameters(parts.pipe)}
     every |= {id(p): p for network in networks for p in network.parameters()}
     weights = sum(bytes_of(p) for p in every.values())

@@ -63,7 +63,7 @@ class Source(NamedTuple):
             with self.reference():
                 x = driver.step(x, row, cond, steps, **call).x0
         with torch.autocast(x.device.type, enabled=False):  # as reward gradients do
-            return driver.decode(x, straight_through=x.requires_grad and "image_processor" in vars(driver.pipe))
+            return driver.decode(x, straight_through=x.requires_grad and bool(driver.clamps))
 
 
 def read_latents(source: Source, x: Tensor, row: int, cond: Cond) -> tuple[Tensor, ...]:

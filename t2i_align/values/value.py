@@ -24,7 +24,7 @@ from t2i_align.keys import key
 from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.driver import Driver
 from t2i_align.rewards.features import load_clip
-from t2i_align.values.heads import HEADS
+from t2i_align.rewards.outputs import HEADS
 from t2i_align.values.readers import Source, ValueFunctionError, read_clip, read_features, read_latents
 
 WEIGHTS, NOTE = "value.safetensors", "value.json"

@@ -1,4 +1,4 @@
-"""Heads of value functions: what a number is predicted as, its loss and its mean.
+"""How value functions and trained scorers say a number: what it is predicted as, its loss and its mean.
 
     regression  one output, squared error
     hl_gauss    bins, cross-entropy to a Gaussian around the target (Stop Regressing, arXiv 2403.03950)
