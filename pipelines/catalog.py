@@ -97,6 +97,18 @@ def pipeline_class(folder: Path) -> type[DiffusionPipeline] | None:
     return getattr(diffusers, name, None) if isinstance(name, str) else None
 
 
+def is_flow(folder: Path) -> bool | None:
+    """Whether the scheduler in a pipeline folder is of flow matching; None where its config does not tell."""
+    from t2i_align.pipelines.grid import is_linear_file
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return is_linear_file(config) if isinstance(config, dict) else None
+
+
 def name_of(pipeline: str | Path | DiffusionPipeline) -> str:
     """The name that was given, or that a pipeline was loaded by; "" for one that was put together."""
     if isinstance(pipeline, (str, Path)):

@@ -166,12 +166,16 @@ class Driver(Encoder):
                 f"Expected a kernel such as ddim(1.0) but got {kernel!r}; 'native', the scheduler's own solver, has no "
                 "Gaussian and serves generate() alone."
             )
+        self.check_kernel(kernel, steps, **call)
+        return kernel
+
+    def check_kernel(self, kernel: Kernel, steps: int, **call: Any) -> None:
+        """Raise DriverError for a kernel of flow matching where the scheduler is of another kind."""
         if kernel.linear_only and not self.grid(steps, **call).linear:
             raise DriverError(
                 f"The kernel {kernel.name} is for flow-matching schedulers but {type(self.pipe.scheduler).__name__} is "
                 "none: use ddim(eta) or cps(level)."
             )
-        return kernel
 
     # Whole runs
 

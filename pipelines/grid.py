@@ -7,6 +7,7 @@ their own, linear one (alpha = 1 - sigma).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def read_grid(scheduler: Any) -> Grid:
             f"Expected flow-matching levels from 1 to 0 but {type(scheduler).__name__} starts at {float(levels[0]):g}: "
             "its pipeline uses another parameterisation (Cosmos)."
         )
-    if kind == "flow" or scheduler.config.get("use_flow_sigmas", False):
+    if is_linear(kind, scheduler.config):
         trained = torch.linspace(1, 0, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)
         return Grid(t, 1 - levels, levels, True, trained)
     alpha = (1 + levels.square()).rsqrt()
@@ -135,6 +136,17 @@ def scheduler_kind(scheduler: Any) -> str:
             return _KIND[base.__name__]
     known = ", ".join(sorted(name.removesuffix("Scheduler") for name in _KIND))
     raise SchedulerError(f"Expected a scheduler among {known} but got {type(scheduler).__name__}.")
+
+
+def is_linear(kind: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler of a kind with this config has the levels of flow matching, alpha = 1 - sigma."""
+    return kind == "flow" or bool(config.get("use_flow_sigmas", False))
+
+
+def is_linear_file(config: Mapping[str, Any]) -> bool | None:
+    """The same of a scheduler's config on disk; None for a scheduler that is none of `READABLE`."""
+    kind = _KIND.get(str(config.get("_class_name")))
+    return None if kind is None else is_linear(kind, config)
 
 
 def prediction_type(scheduler: Any) -> str:

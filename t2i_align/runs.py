@@ -42,7 +42,7 @@ def open_folder(
     overwrite: bool = False,
     free: Mapping[str, Collection[str]] | None = None,
 ) -> Path:
-    """Make a run's folder and write `config.yaml` and `environment.json` into it.
+    """Make a run's folder and write `environment.json` and `config.yaml` into it; a kill at any moment leaves it ours.
 
     Args:
         folder: where results go.
@@ -55,45 +55,76 @@ def open_folder(
         FolderError: the folder holds something, and neither `resume` nor `overwrite` applies.
     """
     folder = Path(folder)
+    check_folder(folder, config, resume=resume, overwrite=overwrite, free=free)
+    if overwrite and folder.exists():
+        _empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite or not (folder / CONFIG).is_file():
+        write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    write_text(folder / CONFIG, config.to_yaml())
+    return folder
+
+
+def check_folder(
+    folder: str | Path,
+    config: Settings,
+    *,
+    resume: bool | None = False,
+    overwrite: bool = False,
+    free: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Raise what `open_folder` would, and change nothing."""
+    folder = Path(folder)
     if resume and overwrite:
         raise FolderError("Expected --resume or --overwrite but got both.")
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"Expected {folder} to be a folder but it is a file.")
-    if folder.exists() and any(folder.iterdir()):
-        if not (resume or overwrite):
-            ways = "" if resume is None else "--resume to go on or "
-            raise FolderError(f"{folder} already holds files; pass {ways}--overwrite to replace them.")
-        before = _read_ours(folder, type(config))
-        if before is None:
-            raise FolderError(f"{folder} was not written by this command, so it is neither resumed nor replaced.")
-        if resume:
-            changed = [
-                text
-                for name in type(config).model_fields
-                for text in _changes(name, getattr(before, name), getattr(config, name), (free or {}).get(name, ()))
-            ]
-            if changed:
-                raise FolderError(
-                    f"{folder} was made with other settings ({', '.join(changed)}): repeat them to resume, or choose "
-                    "another folder."
-                )
-            write_text(folder / CONFIG, config.to_yaml())
-            return folder
-        _empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, config.to_yaml())
-    write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
-    return folder
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (resume or overwrite):
+        ways = "" if resume is None else "--resume to go on or "
+        raise FolderError(f"{folder} already holds files; pass {ways}--overwrite to replace them.")
+    if _just_begun(folder):
+        return
+    before = _read_ours(folder, type(config))
+    if before is None:
+        raise FolderError(f"{folder} was not written by this command, so it is neither resumed nor replaced.")
+    if overwrite:
+        return
+    changed = [
+        text
+        for name in type(config).model_fields
+        for text in _changes(name, getattr(before, name), getattr(config, name), (free or {}).get(name, ()))
+    ]
+    if changed:
+        raise FolderError(
+            f"{folder} was made with other settings ({', '.join(changed)}): repeat them to resume, or choose "
+            "another folder."
+        )
+
+
+def _just_begun(folder: Path) -> bool:
+    """Whether a kill came while the folder was made, before it had its settings."""
+    names = {path.name for path in folder.iterdir()}
+    first = {ENVIRONMENT, f"{ENVIRONMENT}.tmp", f"{CONFIG}.tmp"}
+    return names <= first and (ENVIRONMENT not in names or _has_our_environment(folder))
+
+
+def _has_our_environment(folder: Path) -> bool:
+    try:
+        written = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and "t2i_align" in written
 
 
 def _read_ours(folder: Path, kind: type[T]) -> T | None:
     """The settings of the job of this kind that made the folder, or None if none did."""
     try:
-        written = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
         before = load_config(kind, folder / CONFIG)
     except (OSError, ValueError):
         return None
-    return before if isinstance(written, dict) and "t2i_align" in written else None
+    return before if _has_our_environment(folder) else None
 
 
 def _changes(name: str, before: Any, now: Any, free: Collection[str] = ()) -> list[str]:
@@ -105,8 +136,13 @@ def _changes(name: str, before: Any, now: Any, free: Collection[str] = ()) -> li
 
 
 def _empty(folder: Path) -> None:
-    """Delete what is in the folder; the folder itself may be a link or the current one."""
+    """Delete what is in the folder; the folder itself may be a link or the current one.
+
+    What says that it is ours stays until it is written anew, so that a kill on the way leaves a folder of ours.
+    """
     for path in folder.iterdir():
+        if path.name in (CONFIG, ENVIRONMENT):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -237,3 +237,17 @@ def test_an_8_bit_optimizer_without_its_library_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(TrainingError, match=r"pip install 't2i-align\[bnb\]'"):
         State(Large(), settings(optimizer="adamw_8bit"))
+
+
+def test_weights_are_taken_from_the_checkpoint_of_their_step_alone(tmp_path):
+    state = fit(Large(), lambda number: None, settings(steps=4), tmp_path)
+    path = tmp_path / "checkpoints" / "step-00000002.pt"
+    before = {name: p.detach().clone() for name, p in state.weights.items()}
+    with pytest.raises(TrainingError, match="to be of update 4 but it is of 2: delete it and resume"):
+        state.load_weights(path, 4)
+    assert all(torch.equal(before[name], p) for name, p in state.weights.items())
+    state.load_weights(path, 2)
+    assert not all(torch.equal(before[name], p) for name, p in state.weights.items())
+    path.write_bytes(b"half")
+    with pytest.raises(TrainingError, match=r"cannot be read .*; delete it and resume, to keep the best"):
+        state.load_weights(path, 2)

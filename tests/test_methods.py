@@ -255,3 +255,28 @@ def test_every_method_raises_the_reward_of_the_toy(name, settings, rate, flow, t
     after = method.rollout(context(99), Prompts.of(["0"] * 40)).scores.total.mean()
     print(f"{name}: {before:.3f} -> {after:.3f}")
     assert after > before + 0.2
+
+
+def clipped_share(name, moved, **settings):
+    """The logged share of clipped ratios after the shift has moved, at the second update on a round."""
+    method = make(name, epochs=2, **settings)
+    (shift,) = method.policy.trainable()
+    batch = method.collect(context(), Prompts.of(["0", "1"]))
+    with torch.no_grad():
+        shift += moved
+    terms = list(method.losses(context(update=1), batch))
+    stats = [term.stats["clipped"] for term in terms]
+    return sum(float(torch.as_tensor(value).mean()) for value in stats) / len(stats)
+
+
+@pytest.mark.parametrize("name", ["d3po", "prdp"])
+def test_the_share_of_clipped_ratios_is_logged(name):
+    clip = "clip" if name == "d3po" else "eps"
+    assert clipped_share(name, 0.0, **{clip: 0.1}) == 0
+    assert clipped_share(name, 0.01, **{clip: 0.5}) == 0
+    assert 0 < clipped_share(name, 0.3, **{clip: 0.3}) < 1
+    assert clipped_share(name, 3.0, **{clip: 1e-6}) > 0.9
+
+
+def test_an_unclipped_d3po_has_no_share_that_is_clipped():
+    assert all("clipped" not in stats for stats in gradient(make("d3po", clip=None))[1])

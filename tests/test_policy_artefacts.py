@@ -1,8 +1,11 @@
 """What a policy leaves on disk, opened again by stock software and by us."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 import t2i_align as t2i
 from t2i_align.keys import generator
 from t2i_align.policy import Policy, PolicyError
+from t2i_align.policy.artefacts import new_folder
 from t2i_align.policy.lora import Layers, adapter_weights, inject, lora_config
 from tests.families import FAMILIES
 
@@ -335,3 +339,26 @@ def test_lora_that_does_not_fit_is_refused_before_the_network_is_touched(saved, 
     refused(family(), path, "has no weights for it")
     with pytest.raises(PolicyError, match="start="):
         Policy.load(family(), tmp_path)
+
+
+def test_what_killed_saves_left_is_removed_and_what_live_ones_write_is_not(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone, live = ended.pid, os.getppid()
+    kept = [f".lora.{live}.new", f".lora.{live}.old", f".lora2.{gone}.new", ".lora.new", "lora.old"]
+    for name in (*kept, f".lora.{gone}.new", f".lora.{gone}.old", f".lora.{os.getpid()}.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    Policy.lora(family()).save(tmp_path / "lora")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "lora"])
+
+
+def test_the_last_whole_result_is_kept_until_there_is_a_new_one(tmp_path):
+    """A kill between two renames leaves the old folder under its other name."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    old = tmp_path / f".lora.{ended.pid}.old"
+    old.mkdir()
+    with pytest.raises(RuntimeError, match="full"), new_folder(tmp_path / "lora"):
+        raise RuntimeError("the disk is full")
+    assert old.is_dir()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,21 @@ from PIL import Image
 
 from t2i_align.config import ConfigError
 from t2i_align.methods.grpo import GRPO
-from t2i_align.pipelines.toy import toy_pipeline
+from t2i_align.pipelines.driver import DriverError
+from t2i_align.pipelines.toy import ToyPipeline, toy_pipeline
 from t2i_align.policy import PolicyError
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import Scorer
+from t2i_align.rewards import Scorer, scorer_class
+from t2i_align.runs import FolderError
 from t2i_align.training import Ctx, Term, TrainingError
 from t2i_align.training.blocks import load_run
-from t2i_align.training.curves import plot_curves
+from t2i_align.training.curves import plot_curves, title_of
 from t2i_align.training.health import Health
 from t2i_align.training.honest import look_of, pairwise_distance
+from t2i_align.training.loop import beside
 from t2i_align.training.prompts import make_pool
 from t2i_align.training.run import train
+from t2i_align.training.trackers import Trackers
 from tests.families import FAMILIES
 from tests.test_methods import make
 
@@ -105,6 +110,30 @@ def run(out="run", changes=None, size=8, **options):
     return train(CONFIG, pipeline=toy_pipeline(size=size), out=out, **options, **(changes or {}))
 
 
+def content(folder, name):
+    name = name if isinstance(name, str) else f"step-{name:08d}"
+    return torch.load(f"{folder}/checkpoints/{name}.pt", weights_only=True)
+
+
+def assert_same(one, other, step):
+    """That two runs are the same at a step: weights and average, evaluations but for their time, steps of metrics."""
+    for kind in ("weights", "average"):
+        mine, theirs = content(one, step)[kind], content(other, step)[kind]
+        assert (mine is None) == (theirs is None)
+        for name in mine or ():
+            assert torch.equal(mine[name], theirs[name])
+    looks = [[row | {"seconds": 0} for row in rows(folder, "evaluations")] for folder in (one, other)]
+    assert looks[0] == looks[1]
+    assert [row["step"] for row in rows(one)] == [row["step"] for row in rows(other)]
+
+
+def assert_result(folder, checkpoint):
+    """That the full weights of a result are those of a checkpoint."""
+    saved, kept = ToyPipeline.from_pretrained(f"{folder}/model").denoiser, content(folder, checkpoint)["weights"]
+    for name, value in kept.items():
+        assert torch.equal(dict(saved.named_parameters())[name.rpartition("network.")[2]], value)
+
+
 def rows(folder, name="metrics"):
     return [json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]
 
@@ -171,9 +200,38 @@ def test_a_run_goes_on_beyond_its_first_end(here):
     assert yaml.safe_load(Path("parts/config.yaml").read_text())["train"]["steps"] == 6
 
 
+@pytest.mark.parametrize("policy", ["full", "lora"])
+def test_a_run_that_crashes_in_its_middle_resumes_to_the_same_weights(here, policy):
+    """With an average, and evaluations before and after the crash."""
+    changes = {"train.ema": 0.5, "reward": "tests.test_run:Falling", "policy.use": policy}
+    if policy == "full":
+
+        def go(out, **options):
+            return run(out, changes, **options)
+
+    else:
+        torch.manual_seed(0)
+        FAMILIES["sd"]().pipe.save_pretrained("base")
+        changes |= {"model.use": "base", "policy.rank": 2, "method.batch_size": 4, "prompts.per_round": 1}
+        changes |= {"evaluate.images": 1, "evaluate.kl_images": 1, "evaluate.steps": 1, "method.steps": 2}
+
+        def go(out, **options):
+            return train(CONFIG, out=out, **changes, **options)
+
+    scorer_class("tests.test_run:Falling").left = (
+        3 + 5
+    )  # three evaluations and five rounds: the crash is after update 4
+    with pytest.raises(RuntimeError, match="a crash"):
+        go("parts")
+    assert max(Path("parts/checkpoints").glob("step-*.pt")).name == "step-00000004.pt"
+    scorer_class("tests.test_run:Falling").left = 1000
+    assert go("parts", resume=True).step == go("whole").step == 6
+    assert_same("parts", "whole", 6)
+
+
 def test_a_run_never_resumes_from_before_its_best_weights(here):
     watched = {"evaluate.stop": {"watch": "reward", "patience": 3}, "train.checkpoint_every": 1000}
-    Falling.calls = 0
+    scorer_class("tests.test_run:Falling").left = 20
     with pytest.raises(RuntimeError, match="a crash"):
         run(changes=watched | {"train.steps": 40, "reward": "tests.test_run:Falling"})
     best = torch.load("run/checkpoints/best.pt", weights_only=True)["step"]
@@ -183,11 +241,11 @@ def test_a_run_never_resumes_from_before_its_best_weights(here):
 class Falling(Red):
     """Red, until the run crashes."""
 
-    calls = 0
+    left = 0  # calls
 
     def forward(self, images, prompts):
-        Falling.calls += 1
-        if Falling.calls > 20:
+        type(self).left -= 1
+        if self.left < 0:
             raise RuntimeError("a crash")
         return super().forward(images, prompts)
 
@@ -329,6 +387,67 @@ def test_stop_keeps_the_best_honest_weights(here):
     assert "step 0, the best by" in Path("run/README.md").read_text()
 
 
+class Peak(Red):
+    """Red enough: best at update 2 of a run that makes pictures redder."""
+
+    name = "peak"
+
+    def forward(self, images, prompts):
+        return -(super().forward(images, prompts) - 0.553).square()
+
+
+PEAK = {"evaluate.stop": {"watch": "tests.test_run:Peak", "patience": 9}, "evaluate.watch": ["tests.test_run:Peak"]}
+
+
+def test_the_result_is_the_best_weights_not_the_last(here):
+    done = run(changes=PEAK)
+    assert (done.step, done.kept_step, done.kept["step"], content("run", "best")["step"]) == (6, 2, 2, 2)
+    assert_result("run", "best")
+    with pytest.raises(AssertionError):
+        assert_result("run", 6)
+    assert "step 2, the best by" in Path("run/README.md").read_text()
+
+
+def test_the_result_is_of_the_evaluation_that_it_says_where_the_newest_checkpoint_is_gone(here, capsys):
+    """Its best weights are of a later update than the run has now."""
+    rising = {"evaluate.stop": {"watch": "reward", "patience": 3}}
+    run("run", rising)
+    assert content("run", "best")["step"] == 6
+    Path("run/checkpoints/step-00000006.pt").unlink()
+    done = run("run", rising, resume=True, minutes=0)
+    assert (done.step, done.kept["step"], content("run", "best")["step"]) == (4, 4, 4)
+    assert_result("run", 4)
+    assert run("run", rising, resume=True).kept["step"] == 6
+    run("whole", rising)
+    assert_same("run", "whole", 6)
+    assert_result("run", "best")
+    assert "no other checkpoint" not in capsys.readouterr().err
+
+
+def test_best_weights_that_are_gone_are_taken_from_their_checkpoint(here, capsys):
+    kept = PEAK | {"train.keep": 9}
+    run(changes=kept)
+    Path("run/checkpoints/best.pt").write_bytes(b"half")
+    done = run(changes=kept, resume=True)
+    assert (done.kept["step"], content("run", "best")["step"]) == (2, 2)
+    assert_result("run", 2)
+    assert "no other checkpoint" not in capsys.readouterr().err
+
+
+def test_best_weights_that_are_lost_are_said_to_be_and_others_are_kept(here, capsys):
+    run(changes=PEAK)
+    Path("run/checkpoints/best.pt").unlink()
+    done = run(changes=PEAK, resume=True)
+    assert "has not the weights of update 2, the best evaluation, and no other" in capsys.readouterr().err
+    assert (done.kept["step"], content("run", "best")["step"]) == (6, 6)
+    assert_result("run", 6)
+    longer = PEAK | {"train.steps": 10}
+    done = run(changes=longer, resume=True)  # what was lost stays so, and is said once
+    assert (done.kept["step"], content("run", "best")["step"]) == (6, 6)
+    assert_result("run", "best")
+    assert "no other checkpoint" not in capsys.readouterr().err
+
+
 class Cyan(Red):
     name = "cyan"
 
@@ -341,6 +460,31 @@ def test_rewards_that_are_no_numbers_are_counted_and_too_many_stop_the_run(here)
     assert [row["invalid"] for row in rows("some")] == [4, 4, 4]
     with pytest.raises(TrainingError, match="12 of 16 rewards of the round at step 0 are no numbers"):
         run("most", {"reward": "tests.test_run:Broken"})
+
+
+class Failing(Red):
+    """Red, until most images have no reward."""
+
+    healthy = 0  # calls
+
+    def forward(self, images, prompts):
+        type(self).healthy -= 1
+        scores = super().forward(images, prompts)
+        return scores if self.healthy >= 0 else scores.where(torch.arange(len(scores)) == 0, torch.nan)
+
+
+def test_rewards_that_fail_later_leave_the_last_good_checkpoint(here):
+    changes = {"reward": "tests.test_run:Failing", "evaluate.every": 100, "train.steps": 8}
+    failing = scorer_class("tests.test_run:Failing")  # pytest may have this module under another name, too
+    failing.healthy = 1 + 5  # an evaluation and five rounds
+    with pytest.raises(TrainingError, match="15 of 16 rewards of the round at step 5 .* the last checkpoint is kept"):
+        run(changes=changes)
+    assert max(Path("run/checkpoints").glob("*.pt")).name == "step-00000004.pt"
+    failing.healthy = 1000
+    assert run(changes=changes, resume=True).step == 8
+    failing.healthy = 1000
+    run("whole", changes)
+    assert_same("run", "whole", 8)
 
 
 def test_rewards_that_never_differ_stop_the_run(here):
@@ -382,6 +526,14 @@ def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
         ({"prompts.path": "prompt"}, ["No such file of prompts: prompt"]),
         ({"prompts.path": "prompts.md"}, ["ending in .txt"]),
         ({"method.kernel": "ddim(0.0)"}, ["method.kernel: expected a stochastic kernel"]),
+        (
+            {"method.kernel": "flow_sde(0.7)"},
+            ["method.kernel: flow_sde(0.7) is for flow-matching", "of tiny-sd is not"],
+        ),
+        (
+            {"method": {"use": "rwr", "group": 4, "batch_size": 8, "solver": "dance_sde"}},
+            ["method.solver: dance_sde(0.3) is for flow-matching"],
+        ),
         ({"train.learning_rate": float("inf")}, ["train.learning_rate"]),
         ({"policy": {"use": "lora", "start": "nothing", "rank": 4}}, ["policy.rank=null"]),
         ({"reward": "tests.test_run:Telling"}, ["prompts: the scorer telling reads the columns answer"]),
@@ -412,6 +564,28 @@ def test_what_cannot_run_is_refused_before_weights_are_loaded(here, changes, sai
     for text in said:
         assert text in str(refused.value)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "already holds files"),
+        ({"resume": True, "changes": {"train.ema": 0.9}}, "other settings"),
+        ({"resume": True, "overwrite": True}, "got both"),
+    ],
+)
+def test_a_folder_that_is_in_the_way_is_refused_before_weights_are_loaded(here, options, said, monkeypatch):
+    run(minutes=0)
+    monkeypatch.setattr("t2i_align.training.run.make_parts", None)
+    with pytest.raises(FolderError, match=said):
+        run(**options)
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one(here):
+    run(minutes=0)
+    with pytest.raises(DriverError, match="for flow-matching schedulers"):
+        run(changes={"method.kernel": "flow_sde(0.7)"}, overwrite=True)
+    assert Path("run/README.md").exists()
 
 
 def test_prompts_of_a_round_are_keyed_and_differ(here):
@@ -512,3 +686,141 @@ def test_a_term_yielded_inside_a_context_is_refused(here):
 def test_curves_take_a_scorers_name_as_it_is(tmp_path):
     plot_curves([{"step": 0, "$5_^ and $6": 1.0}], ["$5_^ and $6"], tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 100
+
+
+def test_what_is_watched_where_nothing_is_said(here, capsys):
+    def watched(reward, **more):
+        blocks = {"method": {"use": "grpo"}, "reward": reward, "train": {"steps": 1}}
+        found = load_run(blocks | more).evaluate.watch
+        return found, "is watched: set evaluate.watch" in capsys.readouterr().err
+
+    assert watched("tiny_pick") == (("verifier",), False)
+    assert watched("verifier") == ((), True)
+    assert watched("0.1 * jpeg_compressibility + mean(verifier, tiny_pick)") == ((), True)
+    assert watched({"gold": {"use": "t2i_align.rewards.verifier:Verifier"}, "tiny_pick": 1}) == ((), True)
+    assert watched("verifier", evaluate={"watch": ["verifier"]}) == (("verifier",), False)
+    assert watched("verifier", evaluate={"watch": []}) == ((), False)
+    stop = {"stop": {"watch": "verifier", "patience": 3}}
+    assert watched("verifier", evaluate=stop) == (("verifier",), False)
+    assert watched("tiny_pick", model={"use": None}) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("reward", "watch", "said"),
+    [
+        ("Red", ["Blue"], "Only the first scorer was trained on."),
+        ("Red", [], "The scorer was trained on; no other was watched."),
+        ("Red", ["Red"], "with it `tests.test_run:Red`, which shares scorers with it. Not trained on: none."),
+        (
+            "2 * tests.test_run:Cyan + tests.test_run:Red",
+            ["Red", "Blue"],
+            "with it `tests.test_run:Red`, which shares scorers with it. Not trained on: `tests.test_run:Blue`.",
+        ),
+    ],
+)
+def test_the_card_says_which_scorers_were_trained_on(here, reward, watch, said):
+    reward = reward if "." in reward else f"tests.test_run:{reward}"
+    changes = {"reward": reward, "evaluate.watch": [f"tests.test_run:{name}" for name in watch], "train.steps": 2}
+    run(changes=changes | {"evaluate.every": 2})
+    assert said in Path("run/README.md").read_text().replace("\n", " ")
+
+
+def test_curves_say_which_scorers_are_in_the_reward():
+    titles = [title_of("reward", True, False), title_of("a", True, False), title_of("a", True, True)]
+    assert titles == ["trained reward", "watched: a", "in the reward: a"]
+    assert title_of("sharpness", False, False) == "sharpness"
+
+
+def test_evaluation_prompts_that_are_trained_on_are_counted(here, capsys):
+    run("apart", minutes=0)
+    assert "evaluation prompts" not in capsys.readouterr().err
+    assert "Held-out prompts: 3; images of each: 2" in Path("apart/README.md").read_text()
+    Path("heldout.txt").write_text("0.11\n0.3\n0.7\n0.77")
+    run("some", minutes=0)
+    assert "note: 2 of the 4 evaluation prompts are trained on as well" in capsys.readouterr().err
+    card = Path("some/README.md").read_text()
+    assert "Prompts: 4, of which 2 were trained on; images of each: 2" in card
+    assert "Held-out" not in card
+
+
+def test_the_penalty_of_grpo_has_a_name_of_its_own(here):
+    """It is in nats per dimension; beside the progress bar stands the KL of evaluations, nats per image."""
+    run(changes={"method.beta": 0.1})
+    assert all("kl_penalty" in row and "kl" not in row for row in rows("run"))
+
+
+def test_rewards_that_are_no_numbers_stand_beside_the_progress_bar():
+    row = {"step": 4, "reward": 0.5, "kl": 2.0, "kl_penalty": 0.1, "loss": 0.0}
+    assert beside(row | {"invalid": 0.0}) == {"reward": 0.5, "kl": 2.0, "loss": 0.0}
+    assert beside(row | {"invalid": 2.0})["invalid"] == 2
+
+
+def test_event_files_have_the_numbers_of_a_run(here):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"log.tensorboard": True}
+    run("run", changes | {"train.steps": 4})
+    run("run", changes, resume=True)
+    events = EventAccumulator("run/tensorboard").Reload()
+    names = {"metrics": ("train", {"reward", "loss", "images"}), "evaluations": ("evaluate", {"reward", "kl", "vendi"})}
+    for file, (group, wanted) in names.items():
+        written = rows("run", file)
+        assert [row["step"] for row in written] == ([2, 4, 6] if group == "train" else [0, 2, 4, 6])
+        for name in wanted & written[0].keys():
+            found = [(event.step, event.value) for event in events.Scalars(f"{group}/{name}")]
+            assert found == [(row["step"], pytest.approx(row[name], rel=1e-5)) for row in written]
+    assert "evaluate/tests.test_run:Blue" in events.Tags()["scalars"]
+    assert not [tag for tag in events.Tags()["scalars"] if "scores" in tag]
+
+
+class Wandb:
+    """Stands in for the library, which is not installed: what `init` and `log` were given."""
+
+    def __init__(self):
+        self.inits, self.logged = [], []
+
+    def init(self, **options):
+        self.inits.append(options)
+        return self
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        self.logged.append("finished")
+
+
+def test_a_resumed_run_is_one_run_at_weights_and_biases(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", library := Wandb())
+    config = load_run(CONFIG)
+    config = config.model_copy(update={"log": config.log.model_copy(update={"wandb": "project"})})
+    for folder in ("one", "one", "other"):
+        Path(folder).mkdir(exist_ok=True)
+        trackers = Trackers(config, Path(folder))
+        trackers.write(2, {"step": 2, "reward": 0.5}, "train")
+        trackers.write(4, {"step": 4, "reward": 0.6}, "train")
+        trackers.close()
+    ids = [options["id"] for options in library.inits]
+    assert ids[0] == ids[1] != ids[2]
+    assert {options["resume"] for options in library.inits} == {"allow"}
+    assert library.logged[:3] == [(2, {"train/reward": 0.5}), (4, {"train/reward": 0.6}), "finished"]
+
+
+@pytest.mark.parametrize("policy", ["lora", "full"])
+def test_the_code_of_a_card_opens_the_result(here, policy, monkeypatch):
+    torch.manual_seed(0)
+    FAMILIES["sd"]().pipe.save_pretrained("base")
+    changes = {"model.use": "base", "policy.use": policy, "train.steps": 2, "train.learning_rate": 0.01}
+    changes |= {"method.batch_size": 4, "prompts.per_round": 1, "evaluate.images": 1, "evaluate.kl_images": 1}
+    train(CONFIG, out="run", **changes)
+    code = Path("run/README.md").read_text().partition("```python\n")[2].partition("\n```")[0]
+    monkeypatch.chdir("run")
+    names = {}
+    exec(code, names)
+    base = StableDiffusionPipeline.from_pretrained("../base").unet
+    pipe = names["pipe"]
+    if policy == "lora":
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    moved = [not torch.equal(p, q) for p, q in zip(pipe.unet.parameters(), base.parameters(), strict=True)]
+    assert any(moved)

@@ -1,10 +1,12 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from t2i_align.config import Settings, load_config
 from t2i_align.errors import T2IError
-from t2i_align.runs import FolderError, append_jsonl, environment, open_folder, read_jsonl, write_text
+from t2i_align.runs import FolderError, append_jsonl, check_folder, environment, open_folder, read_jsonl, write_text
 
 
 class Job(Settings):
@@ -153,3 +155,74 @@ def test_overwrite_empties_the_current_folder_and_linked_ones(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "run")
     open_folder(".", Job(), overwrite=True)
     assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+@pytest.mark.parametrize("operation", range(4))
+def test_a_kill_while_a_folder_is_made_leaves_one_of_ours(tmp_path, monkeypatch, operation, how):
+    """Two files are written and renamed; the kill comes before one of these four."""
+    done = []
+
+    def counted(name):
+        true = getattr(Path, name)
+
+        def action(self, *args, **options):
+            if len(done) == operation:
+                raise KeyboardInterrupt
+            done.append(self)
+            return true(self, *args, **options)
+
+        return action
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", counted("write_text"))
+        patched.setattr(Path, "replace", counted("replace"))
+        with pytest.raises(KeyboardInterrupt):
+            open_folder(tmp_path / "run", Job())
+    assert len(done) == operation
+    open_folder(tmp_path / "run", Job(), **{how: True})
+    assert sorted(files(tmp_path / "run")) == ["config.yaml", "environment.json"]
+    assert json.loads((tmp_path / "run" / "environment.json").read_text()) == environment()
+
+
+@pytest.mark.parametrize("name", ["environment.json.tmp", "config.yaml.tmp"])
+def test_half_a_first_file_is_no_hindrance(tmp_path, name):
+    (tmp_path / name).write_text("{")
+    with pytest.raises(FolderError, match="already holds files"):
+        open_folder(tmp_path, Job())
+    open_folder(tmp_path, Job(), resume=True)
+    assert load_config(Job, tmp_path / "config.yaml") == Job()
+
+
+def test_an_environment_of_another_program_is_not_ours(tmp_path):
+    (tmp_path / "environment.json").write_text('{"channels": ["conda-forge"]}')
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(FolderError, match="neither resumed nor replaced"):
+            open_folder(tmp_path, Job(), **how)
+
+
+def test_a_kill_while_a_folder_is_emptied_leaves_one_of_ours(tmp_path, monkeypatch):
+    made(tmp_path / "run")
+    for name in ("a", "b", "c"):
+        (tmp_path / "run" / name).mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_folder(tmp_path / "run", Job(steps=4), overwrite=True)
+    open_folder(tmp_path / "run", Job(steps=4), overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "environment.json"]
+    assert load_config(Job, tmp_path / "run" / "config.yaml").steps == 4
+
+
+def test_checking_a_folder_changes_nothing(tmp_path):
+    before = made(tmp_path / "run")
+    check_folder(tmp_path / "run", Job(), overwrite=True)
+    check_folder(tmp_path / "new", Job())
+    with pytest.raises(FolderError, match="steps: 3 there, 4 here"):
+        check_folder(tmp_path / "run", Job(steps=4), resume=True)
+    assert files(tmp_path / "run") == before
+    assert not (tmp_path / "new").exists()

@@ -109,7 +109,7 @@ def test_the_optimum_of_a_step_is_the_tilt_of_the_base(flow):
     assert shift.grad.abs().max() < 1e-5 * w
     moved = method.step(data.traj, slice(0, 8), 0).mean - base.mean
     torch.testing.assert_close(moved[:, 0], torch.full_like(moved[:, 0], wanted), rtol=1e-4, atol=1e-6)
-    assert terms[0].stats["kl"].mean().item() == pytest.approx(wanted**2 / (2 * float(q.std) ** 2), rel=1e-3)
+    assert terms[0].stats["kl_penalty"].mean().item() == pytest.approx(wanted**2 / (2 * float(q.std) ** 2), rel=1e-3)
 
 
 def test_without_a_kl_the_plug_in_value_of_the_last_step_is_the_reward_of_a_deterministic_sampler():
@@ -247,7 +247,7 @@ def test_a_run_learns_its_value_then_follows_it(tmp_path):
     assert after > before + 0.3
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"value_r2", "value_correlation", "value_loss"} <= logged[0].keys()
-    assert {"value", "kl"} <= logged[-1].keys()
+    assert {"value", "kl_penalty"} <= logged[-1].keys()
 
 
 def test_resume_is_bit_identical(tmp_path):

@@ -131,21 +131,27 @@ class D3PO(OnPolicy):
                 count = torch.tensor(counts[first : first + size], device=data.traj.x.device)
                 q = self.step(data.traj, both, row)
                 log_prob = q.log_prob(data.traj.x[both, row + 1])
-                gap = self.gap(per_dim(log_prob - before[both, row], q))
+                log_ratio = per_dim(log_prob - before[both, row], q)
+                gap = self.gap(log_ratio)
                 weight = trust[mine[first : first + size]].prod(1).to(gap) * count
                 loss = (weight * preference_loss(gap, s.beta)).sum() / (len(dealt) * len(rows))
                 stats = {"gap": gap[count], "agreed": (gap[count] > 0).float()}
+                if s.clip is not None:
+                    held = log_ratio.detach() != self.clamped(log_ratio.detach())
+                    stats["clipped"] = held.float()[count.repeat(2)]
                 if self.replay is None:  # else the policy is not the one that drew the images
                     stats["log_ratio"] = per_dim(log_prob - data.traj.log_prob[both, row], q)
                 yield Term(loss, stats)
 
     def gap(self, log_ratio: Tensor) -> Tensor:
         """Log-ratios (2 M,) of winners, then losers -> their clamped difference (M,)."""
-        clip = self.settings.clip
-        if clip is not None:
-            log_ratio = log_ratio.clamp(math.log(1 - clip), math.log(1 + clip))
-        win, lose = log_ratio.chunk(2)
+        win, lose = self.clamped(log_ratio).chunk(2)
         return win - lose
+
+    def clamped(self, log_ratio: Tensor) -> Tensor:
+        """Log-ratios within the clip."""
+        clip = self.settings.clip
+        return log_ratio if clip is None else log_ratio.clamp(math.log(1 - clip), math.log(1 + clip))
 
 
 def preference_loss(gap: Tensor, beta: float) -> Tensor:

@@ -95,7 +95,7 @@ class GRPO(PolicyGradient):
                 loss, stats = surrogate(ratio, advantage, s.clip), {"ratio": ratio, "clipped": outside(ratio, s.clip)}
                 if s.beta:
                     kl = self.kl(traj, part, row, q)
-                    loss, stats = loss + s.beta * kl, stats | {"kl": kl}
+                    loss, stats = loss + s.beta * kl, stats | {"kl_penalty": kl}
                 yield Term(loss.sum() * share, stats)
         yield from self.expansion_terms(ctx, data)
 

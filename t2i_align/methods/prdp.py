@@ -73,10 +73,15 @@ class PRDP(OnPolicy):
         residual = proximal(now[:, rows], old[:, rows], rewards, pairs, self.settings.beta, self.settings.eps, trust)
         every = self.policy.sharded  # processes must make the same passes
         alive = [(i, part) for i in range(len(rows)) for part in chunks if every or residual.slope[part, i].any()]
+        if not alive:
+            return
+        # Of all log-ratios of the update: a batch in which all are clipped has no gradient, and so no term.
+        over = torch.cat([((now - old)[part][:, rows].abs() > self.settings.eps).flatten() for part in chunks])
         for i, part in alive:
             moved = self.moved(data, part, rows[i])
             straight = (residual.slope[part, i] * (moved - moved.detach())).sum()  # 0, with the gradient of the loss
-            yield Term(share * (straight + residual.loss / len(alive)), {"log_ratio": moved})
+            stats = {"log_ratio": moved, "clipped": over.float().mean()}
+            yield Term(share * (straight + residual.loss / len(alive)), stats)
 
     def moved(self, data: Rollout, part: slice, row: int) -> Tensor:
         """Per-dimension log-ratio (B,) of the current policy to the one that drew the images."""

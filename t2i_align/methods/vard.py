@@ -126,7 +126,7 @@ class VARD(OnPolicy):
         for row in rows:
             for part in chunks:
                 value, kl = self.ahead(ctx, data, part, row)
-                yield Term((s.eta * kl - value).sum() * share, {"value": value, "kl": kl})
+                yield Term((s.eta * kl - value).sum() * share, {"value": value, "kl_penalty": kl})
 
     def ahead(self, ctx: Ctx, data: Rollout, part: slice, row: int) -> tuple[Tensor, Tensor]:
         """Value (B,), in standard deviations of the reward, of what follows a row, and KL (B,) of the steps, nats."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,17 +70,42 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise PolicyError(f"Expected {folder} to be new, empty or written by Policy.save: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    for left in (temporary, old):  # by a process that was killed
+    for left in leftovers(folder, "new"):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             folder.replace(old)
         temporary.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        for left in (old, *leftovers(folder, "old")):  # only now: one may be all that is left of the folder
+            shutil.rmtree(left, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def leftovers(folder: Path, kind: str) -> list[Path]:
+    """The temporary folders beside a folder that processes left which are gone, or an earlier one of this number."""
+    left = []
+    for path in folder.parent.iterdir():
+        found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)\.{kind}", path.name)
+        if found and (int(found[1]) == os.getpid() or _is_gone(int(found[1]))):
+            left.append(path)
+    return left
+
+
+def _is_gone(process: int) -> bool:
+    """Whether no process has this number; False where asking is not safe."""
+    if os.name != "posix":  # signal 0 is Ctrl-C elsewhere
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # another user's
+        return False
+    return False
 
 
 def write_lora(

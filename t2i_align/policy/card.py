@@ -63,7 +63,7 @@ def card(pipeline: type, note: Mapping[str, Any], portable: bool) -> str:
         code=code.format(
             imports=f"import torch\nfrom {module} import {pipeline.__name__}",
             pipeline=pipeline.__name__,
-            base=base,
+            base=Path(base).resolve() if Path(base).exists() else base,  # the code is run in this folder
             dtype=note["dtype"],
             component=note["component"],
         ),

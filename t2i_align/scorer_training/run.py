@@ -159,7 +159,7 @@ def write_member(parts: Parts, state: State, watcher: HeldOut, folder: Path) -> 
     """Write a member's scorer, of the averaged weights where the run averages, in the place of an earlier one."""
     config, method = parts.config, watcher.method
     if config.evaluate.keep == "best":
-        state.load_weights(watcher.folder / "checkpoints" / BEST)
+        state.load_weights(watcher.folder / "checkpoints" / BEST, watcher.kept["step"], "train again with --overwrite")
     half = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(half, ignore_errors=True)
     use = config.scorer.use

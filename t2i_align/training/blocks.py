@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +14,10 @@ from t2i_align.errors import T2IError
 from t2i_align.methods import read_method
 from t2i_align.playground.grammar import KINDS, Kind
 from t2i_align.rewards import check_reward, scorer_class
+from t2i_align.rewards.gradients import scorer_names
 from t2i_align.runs import home_of
 
+GOLD = "verifier"  # watched on the playground
 TRAINED = "reward"  # the trained reward's name among those of an evaluation
 
 
@@ -128,7 +132,9 @@ class EvaluateBlock(Settings):
     seed: int = Field(0, description="of the images")
     batch_size: int = Field(16, gt=0, description="images that are drawn together")
     watch: tuple[str, ...] | None = Field(
-        None, description="scorers that are not trained on; null: the verifier for pipelines of the playground"
+        None,
+        description="scorers that are not trained on; null: for pipelines of the playground the verifier, unless the "
+        "reward has it",
     )
     features: str | None = Field(
         None, description="embedding of the diversity measures; null: tiny_clip for pipelines of the playground"
@@ -196,9 +202,21 @@ class RunConfig(Settings):
         return self.method.get("choices")
 
     @property
+    def watched_in_reward(self) -> tuple[str, ...]:
+        """Those of `evaluate.watch` that are made of scorers of the reward, and so are trained on with it."""
+        trained = leaves(self.reward)
+        return tuple(spec for spec in self.evaluate.watch or () if leaves(spec) & trained)
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out or f"runs/{self.method['use'].rpartition(':')[2].lower()}")
+
+
+def leaves(reward: str | dict[str, Any] | None) -> set[str]:
+    """The scorers that a reward is made of, by class: the same one may go by several names."""
+    classes = () if reward is None else map(scorer_class, scorer_names(check_reward(reward)))
+    return {f"{found.__module__}:{found.__qualname__}" for found in classes}
 
 
 def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
@@ -211,7 +229,8 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunCon
     """
     from t2i_align.training.checks import problems
 
-    config = _filled_in(load_config(RunConfig, source, overrides))
+    given = load_config(RunConfig, source, overrides)
+    config = _filled_in(given)
     if config.out is None:
         config = config.model_copy(update={"out": home_of(source)})
     found = problems(config)
@@ -219,6 +238,13 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunCon
         origin = f" in {source}" if isinstance(source, (str, Path)) else ""
         count = "a problem" if len(found) == 1 else f"{len(found)} problems"
         raise ConfigError(f"The config{origin} has {count}: " + "; ".join(text.rstrip(".") for text in found) + ".")
+    if given.evaluate.watch is None and not config.evaluate.watch and os.environ.get("RANK", "0") == "0":
+        what = "scorer" if config.reward is None else "scorer but the trained reward"
+        print(
+            f"note: no {what} is watched: set evaluate.watch to some that are not trained on (`t2i-align rewards` has "
+            "them), and evaluate.features, for diversity, to an embedding such as clip",
+            file=sys.stderr,
+        )
     return config
 
 
@@ -230,8 +256,9 @@ def _filled_in(config: RunConfig) -> RunConfig:
         playground = config.model.use is not None and card_of(config.model.use).get("prompts") == "playground"
     except T2IError:  # the checks say what is wrong with it
         return config
-    watch: tuple[str, ...] = ("verifier",) if playground else ()
-    features = "tiny_clip" if playground and scorer_class("tiny_clip").missing() is None else None
     given = config.evaluate
+    asked = given.stop is not None and given.stop.watch == GOLD
+    watch = (GOLD,) if playground and (asked or not leaves(GOLD) & leaves(config.reward)) else ()
+    features = "tiny_clip" if playground and scorer_class("tiny_clip").missing() is None else None
     changes = {"watch": watch if given.watch is None else given.watch, "features": given.features or features}
     return config.model_copy(update={"evaluate": given.model_copy(update=changes)})

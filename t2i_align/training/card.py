@@ -28,7 +28,7 @@ tags:
 
 ## Scores before and after
 
-Held-out prompts: {prompts}; images of each: {each}, drawn with {call}, the same noise before and after. Means over
+{prompts}; images of each: {each}, drawn with {call}, the same noise before and after. Means over
 prompts with 95 % intervals. {trained}
 
 {table}
@@ -70,11 +70,11 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         base=config.model.use or f"an open {type(watcher.method.tools.driver.pipe).__name__}",
         what=f"A LoRA of the {policy.component}" if lora else f"The {policy.component}",
         aim=aim(watcher),
-        trained="Only the first scorer was trained on." if watcher.method.learns_reward else NOT_TRAINED,
+        trained=trained_on(watcher),
         steps=state.step,
         images=state.step // watcher.method.updates * per_round,
         kept=how + averaged + f" {watcher.note(state.step)}".rstrip(),
-        prompts=len(watcher.prompts),
+        prompts=prompts_of(watcher),
         each=config.evaluate.images,
         call=", ".join(f"`{name}={value!r}`" for name, value in watcher.call.items()) or "the pipeline's own settings",
         table=score_table(watcher, kept),
@@ -84,6 +84,26 @@ def write_card(result: Path, watcher: Honest, policy: Policy, state: State, kept
         usage=f"\n{watcher.method.usage}\n" if watcher.method.usage else "",
     )
     write_text(result.parent / "README.md", text)
+
+
+def prompts_of(watcher: Honest) -> str:
+    """What scores were measured on."""
+    count, trained = len(watcher.prompts), watcher.trained_prompts
+    return f"Prompts: {count}, of which {trained} were trained on" if trained else f"Held-out prompts: {count}"
+
+
+def trained_on(watcher: Honest) -> str:
+    """Which scorers of the table were trained on."""
+    if not watcher.method.learns_reward:
+        return NOT_TRAINED
+    parts, watched = watcher.watched_in_reward, watcher.judges.watch
+    if not watched:
+        return "The scorer was trained on; no other was watched."
+    if not parts:
+        return "Only the first scorer was trained on."
+    others = ", ".join(f"`{name}`" for name in watched if name not in parts) or "none"
+    same = ", ".join(f"`{name}`" for name in parts)
+    return f"Trained on: the first scorer, and with it {same}, which shares scorers with it. Not trained on: {others}."
 
 
 def chosen(stop: StopBlock | None) -> str:

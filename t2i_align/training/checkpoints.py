@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from t2i_align.training.method import Method, TrainingError
 
 FREE = ("steps", "checkpoint_every", "keep", "log_every")  # settings that may change when a run goes on
 BEST = "best.pt"
+AGAIN = "delete it to go on from an older one, if any, or from the start"
+WITHOUT = "delete it and resume, to keep the best of the evaluations whose weights are left"
 
 
 class State:
@@ -132,10 +135,16 @@ class State:
         }
         self.optimizer.load_state_dict(state | {"state": moments})
 
-    def load_weights(self, path: Path) -> None:
-        """Take the weights and the average of a checkpoint, and nothing else of it."""
-        content = read_checkpoint(path)
+    def load_weights(self, path: Path, step: int, advice: str = WITHOUT) -> None:
+        """Take the weights and the average of the checkpoint of a step, and nothing else of it.
+
+        Raises:
+            TrainingError: it cannot be read, or is of another step or run; `advice` says what to do.
+        """
+        content = read_checkpoint(path, advice)
         self._refuse_foreign(path, content)
+        if content["step"] != step:
+            raise TrainingError(f"Expected {path} to be of update {step} but it is of {content['step']}: {advice}.")
         assign(self.weights, content["weights"])
         if self.average is not None:
             assign(self.average, content["average"])
@@ -196,8 +205,12 @@ def make_optimizer(weights: dict[str, nn.Parameter], config: TrainConfig) -> tor
     return AdamW8bit(weights.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, its checksums verified. Raises TrainingError for a damaged file, or another's."""
+def read_checkpoint(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+    """The content of a checkpoint, its checksums verified.
+
+    Raises:
+        TrainingError: a damaged file, or another's; `advice` says what to do.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes a CRC-32 of every record, and does not look at them
             broken = archive.testzip()
@@ -209,11 +222,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:
         why = " ".join(str(error).split())
-        raise TrainingError(
-            f"The checkpoint {path} cannot be read ({why:.200}); delete it to go on from an older one, if any, "
-            "or from the start."
-        ) from error
+        raise TrainingError(f"The checkpoint {path} cannot be read ({why:.200}); {advice}.") from error
     return content
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint; None for one that is missing, damaged or another's."""
+    try:
+        return int(read_checkpoint(path)["step"])
+    except TrainingError:
+        return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -221,9 +239,25 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*.pt"))
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of a step."""
+    return folder / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def keep_as_best(folder: Path, step: int) -> bool:
+    """Make `best.pt` of the checkpoint of a step; False where that is gone."""
+    source, best = checkpoint_path(folder, step), folder / "checkpoints" / BEST
+    if step_of(source) != step:
+        return False
+    temporary = best.with_suffix(".tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(best)
+    return True
+
+
 def write_checkpoint(folder: Path, state: State, write: bool = True) -> None:
     """Write the checkpoint of a step, then delete the oldest beyond the number to keep; `write`: see `State.save`."""
-    state.save(folder / "checkpoints" / f"step-{state.step:08d}.pt", write)
+    state.save(checkpoint_path(folder, state.step), write)
     for old in checkpoints(folder)[: -state.config.keep] if write else ():
         old.unlink()
 

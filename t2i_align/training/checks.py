@@ -11,9 +11,10 @@ from typing import Any
 
 from t2i_align.errors import T2IError
 from t2i_align.methods import METHODS, method_class, read_method
+from t2i_align.methods.base import SamplingSettings
 from t2i_align.methods.forward import NATIVE
 from t2i_align.methods.pareto import PolicyGradientSettings
-from t2i_align.pipelines.kernels import load_kernel
+from t2i_align.pipelines.kernels import Kernel, load_kernel
 from t2i_align.rewards import Scorer, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
 from t2i_align.rewards.gradients import differentiable, without_gradient
@@ -76,6 +77,30 @@ def _find_targets(use: str, config: RunConfig) -> None:
     find_targets(network, config.policy.targets)
 
 
+def _kernels(config: RunConfig, settings: SamplingSettings) -> Iterator[str]:
+    """Kernels for flow matching, where the pipeline is on this disk and of another kind."""
+    from t2i_align.pipelines.catalog import find_pipeline, is_flow
+
+    if config.model.use is None:
+        return
+    try:
+        flow = is_flow(find_pipeline(config.model.use, config.model.revision))
+    except T2IError:  # it has to be downloaded, or `_model` says what is wrong
+        return
+    for name, kernel in kernels_of(settings).items():
+        if kernel.linear_only and flow is False:
+            yield (
+                f"method.{name}: {kernel.name} is for flow-matching schedulers, which that of {config.model.use} is "
+                "not; use ddim(eta) or cps(level)"
+            )
+
+
+def kernels_of(settings: SamplingSettings) -> dict[str, Kernel]:
+    """The kernels that a method's settings name, by setting."""
+    named = {name: getattr(settings, name, None) for name in ("kernel", "solver")}
+    return {name: load_kernel(spec) for name, spec in named.items() if spec not in (None, NATIVE)}
+
+
 def _prompts(config: RunConfig) -> Iterator[str]:
     pools = {"prompts": training_pool(config), "evaluate.prompts": make_pool(config.evaluate.prompts)}
     scorers = [] if config.reward is None else [*leaf_classes(check_reward(config.reward))]
@@ -106,6 +131,7 @@ def _method(config: RunConfig, columns: Collection[str]) -> Iterator[str]:
             f"method.kernel: expected a stochastic kernel such as ddim(1.0) but got {settings.kernel}, whose steps "
             "have no log-prob"
         )
+    yield from _kernels(config, settings)
     said = found.refuse(settings, columns)
     if said is not None:
         yield said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,17 @@ TITLES = {
 }
 
 
-def plot_curves(rows: Sequence[dict[str, Any]], scorers: Sequence[str], path: Path) -> None:
-    """Draw a panel for each score and measure of evaluations; a gray line is the base."""
+def plot_curves(
+    rows: Sequence[dict[str, Any]], scorers: Sequence[str], path: Path, trained: Collection[str] = ()
+) -> None:
+    """Draw a panel for each score and measure of evaluations; a gray line is the base.
+
+    Args:
+        rows: evaluations.
+        scorers: their names, `reward` for the trained one.
+        path: of the picture.
+        trained: the watched ones that are in the reward, too.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     extra = ("kl", "diversity", "vendi", "sharpness", "saturation")
@@ -30,11 +39,16 @@ def plot_curves(rows: Sequence[dict[str, Any]], scorers: Sequence[str], path: Pa
         values = [row[name] for row in rows]
         axes.axhline(values[0], color=GRAY, linewidth=1)
         axes.plot(steps, values, ".-", color=BLUE)
-        title = TITLES.get(name, name if name in extra else f"watched: {name}")
-        axes.set_title(title, fontsize=8, parse_math=False)
+        axes.set_title(title_of(name, name not in extra, name in trained), fontsize=8, parse_math=False)
         axes.set_xlabel("updates", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     figure.savefig(path)
+
+
+def title_of(name: str, scorer: bool, trained: bool) -> str:
+    """Of a panel; `trained`: a watched scorer that is in the reward, too."""
+    watched = f"in the reward: {name}" if trained else f"watched: {name}"
+    return TITLES.get(name, watched if scorer else name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from t2i_align.rewards.features import Extract, extract_features
 from t2i_align.rewards.sets import vendi
 from t2i_align.runs import append_jsonl, read_jsonl
 from t2i_align.training.blocks import TRAINED, BudgetBlock, RunConfig
-from t2i_align.training.checkpoints import BEST, State, write_checkpoint
+from t2i_align.training.checkpoints import BEST, State, keep_as_best, step_of, write_checkpoint
 from t2i_align.training.curves import plot_curves
 from t2i_align.training.distributed import World
 from t2i_align.training.loop import Observer
@@ -58,6 +59,10 @@ class Honest(Observer):
     Step 0 is where the run starts: the base, unless `policy.start` names a LoRA to go on from. `evaluations.jsonl` has
     a row per evaluation: means, and the scores of every image. A run with `stop` keeps the weights of the evaluation
     with the best watched score in `checkpoints/best.pt`.
+
+    Attributes:
+        since: evaluations of earlier updates are not kept, since a better one's weights were lost.
+        trained_prompts: how many of the prompts are trained on as well.
     """
 
     config: RunConfig
@@ -70,11 +75,14 @@ class Honest(Observer):
     world: World
     rows: list[dict[str, Any]] = field(default_factory=list)
     base_pictures: list[Image.Image] = field(default_factory=list)
+    since: int = 0
+    trained_prompts: int = 0
 
     def look(self, state: State) -> bool:
         """Evaluate if it is time; True once the watched score has not risen for `patience` evaluations."""
         if not self.rows:  # of an earlier session
             self.rows = self.world.once(lambda: self._read(state.step))
+            self._find_best(state)
         if self.due(state.step) and all(row["step"] != state.step for row in self.rows):
             self.rows.append(self.world.once(lambda: self._evaluate(state), state.sharded))
         return self.stopped
@@ -87,6 +95,11 @@ class Honest(Observer):
     def shown(self) -> dict[str, float]:
         """What belongs beside the progress bar."""
         return {"kl": self.rows[-1]["kl"]} if self.rows else {}
+
+    @property
+    def watched_in_reward(self) -> tuple[str, ...]:
+        """The watched scorers that are trained on all the same, as parts of the reward."""
+        return self.config.watched_in_reward if self.method.learns_reward else ()
 
     def due(self, step: int) -> bool:
         """Whether a step, the first of a round, is evaluated: the first one at or after each multiple, and the last."""
@@ -141,12 +154,38 @@ class Honest(Observer):
 
     def _best_of(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         stop, budget = self.config.evaluate.stop, self.config.evaluate.budget
-        rows = [row for row in rows if self.within(row)]
+        rows = [row for row in rows if row["step"] >= self.since and self.within(row)]
         if not rows or (stop is None and budget == BudgetBlock()):
             return None
         if stop is None:
             return rows[-1]
         return max(rows, key=lambda row: -math.inf if math.isnan(row[stop.watch]) else row[stop.watch])
+
+    def _find_best(self, state: State) -> None:
+        """See to it that `best.pt` has the weights of the best row, in a session that goes on; else leave that row out.
+
+        Its file may be damaged, or of a step that is made again, since a newer checkpoint was deleted.
+        """
+        if self.best is None:
+            return
+        path = self.folder / "checkpoints" / BEST
+        held = self.world.once(lambda: step_of(path))
+        if held is not None and held in (state.step, *(row["step"] for row in self.rows)):
+            self.since = held  # rows before it are no better, or were lost in an earlier session
+        best = self.best
+        if best is None or best["step"] == held:
+            return
+        if best["step"] != state.step and not self.world.once(lambda: keep_as_best(self.folder, best["step"])):
+            if self.world.first:
+                print(
+                    f"note: {path} has not the weights of update {best['step']}, the best evaluation, and no other "
+                    f"checkpoint has them; the best from update {state.step} on is kept",
+                    file=sys.stderr,
+                )
+            self.since = state.step
+            best = self.best
+        if best is not None and best["step"] == state.step:
+            self.world.once(lambda: state.save(path, self.world.first), state.sharded)
 
     def _read(self, step: int) -> list[dict[str, Any]]:
         forget_after(self.folder / EVALUATIONS, step)
@@ -169,7 +208,8 @@ class Honest(Observer):
         if not self.world.first:
             return row
         append_jsonl(self.folder / EVALUATIONS, [row])
-        plot_curves([*self.rows, row], list(self.judges.scorers), self.folder / "curves.png")
+        marked = self.watched_in_reward
+        plot_curves([*self.rows, row], list(self.judges.scorers), self.folder / "curves.png", marked)
         self.trackers.write(state.step, {k: v for k, v in row.items() if k not in ("step", "scores")}, "evaluate")
         return row
 

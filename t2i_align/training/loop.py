@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from t2i_align.training.method import Ctx, Method, TrainingError
 from t2i_align.training.metrics import Metrics
 from t2i_align.training.precision import autocast
 
-SHOWN = ("reward", "kl", "clipped", "images_per_second", "loss")  # beside the progress bar
+SHOWN = ("reward", "kl", "clipped", "invalid", "images_per_second", "loss")  # beside the progress bar
 
 
 class Observer:
@@ -126,13 +126,18 @@ def fit(
             if state.step % config.log_every == 0:
                 shown = observer.shown | write_row()
                 tally = Tally()
-                progress.update(state.step, **{name: shown[name] for name in SHOWN if name in shown})
+                progress.update(state.step, **beside(shown))
     if tally.seconds:  # of updates after the last row
         write_row()
     if saved != state.step or not checkpoints(folder):
         world.once(lambda: write_checkpoint(folder, state, world.first), state.sharded)
     method.eval()
     return state
+
+
+def beside(row: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of a row that belong beside the progress bar; `invalid` only where it is not 0."""
+    return {name: row[name] for name in SHOWN if name in row and (name != "invalid" or row[name] > 0)}
 
 
 class Tally:

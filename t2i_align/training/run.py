@@ -24,11 +24,12 @@ from t2i_align.policy import Policy, PolicyError
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.rewards.features import load_features
-from t2i_align.runs import open_folder
+from t2i_align.runs import check_folder, open_folder
 from t2i_align.scorer_training.blocks import ScorerRun, is_scorer_run
 from t2i_align.training.blocks import PolicyBlock, RunConfig, load_run
 from t2i_align.training.card import write_card
 from t2i_align.training.checkpoints import BEST, FREE, State, checkpoints
+from t2i_align.training.checks import kernels_of
 from t2i_align.training.distributed import World
 from t2i_align.training.honest import Honest, Judges
 from t2i_align.training.loop import fit
@@ -75,6 +76,12 @@ class Parts:
     call: dict[str, Any]  # keywords of the pipeline for images of evaluations: as a user of the result would call it
     device: torch.device
 
+    @property
+    def trained_prompts(self) -> int:
+        """How many prompts of evaluations are trained on as well."""
+        trained = set(self.pool.prompts.text)
+        return sum(text in trained for text in self.held_out.text)
+
 
 def train(
     config: str | Path | Mapping[str, Any] | RunConfig | ScorerRun,
@@ -107,17 +114,24 @@ def train(
         return Trained(done.folder, done.step, done.measured, kept_step=done.step)
     config = read_config(config, overrides, pipeline)
     world = World.join()
+    stored = config.model_copy(update={"out": None})  # a run folder may move
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "free": {"train": FREE}}
+    world.once(lambda: check_folder(config.folder, stored, **how))  # before weights are loaded
     parts = make_parts(config, world, pipeline)
     if resume and world.first and not checkpoints(config.folder):
         print(f"note: {config.folder} has no checkpoint to resume from; the run starts", file=sys.stderr)
-    stored = config.model_copy(update={"out": None})  # a run folder may move
-
-    def opened() -> Path:
-        return open_folder(config.folder, stored, resume=resume, overwrite=overwrite, free={"train": FREE})
-
-    folder = world.once(opened)
+    if parts.trained_prompts and world.first:
+        print(
+            f"note: {parts.trained_prompts} of the {len(parts.held_out)} evaluation prompts are trained on as well; "
+            "choose another split, seed or file for evaluate.prompts to see what the run is worth on new ones",
+            file=sys.stderr,
+        )
+    folder = world.once(lambda: open_folder(config.folder, stored, **how))
     trackers = Trackers(config, folder if world.first else None)
-    watcher = Honest(config, folder, parts.held_out, parts.method, parts.judges, parts.call, trackers, world)
+    watcher = Honest(
+        *(config, folder, parts.held_out, parts.method, parts.judges, parts.call, trackers, world),
+        trained_prompts=parts.trained_prompts,
+    )
     seed, per_round = config.train.seed, config.prompts.per_round
     try:
         state = fit(
@@ -195,6 +209,8 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     found, settings = read_method(config.method)
     policy = make_policy(config.policy, pipe, config.train.seed)
     method = found(settings, policy, Tools(Driver(pipe, **call), judges.reward, call))
+    for kernel in kernels_of(settings).values():  # the checks do not know a pipeline that was not on this disk
+        method.tools.driver.check_kernel(kernel, settings.steps, **call)
     return Parts(config, pipe, method, judges, pool, held_out, evaluation_call, device)
 
 
@@ -235,8 +251,8 @@ def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int) -> Polic
 def write_result(parts: Parts, state: State, watcher: Honest, kept: dict[str, Any]) -> None:
     """Write the trained weights, averaged where the run averages, and the card; with `stop`, of the best evaluation."""
     folder, policy = watcher.folder, parts.method.policy
-    if watcher.best is not None:
-        state.load_weights(folder / "checkpoints" / BEST)
+    if watcher.best is not None and watcher.best["step"] != state.step:
+        state.load_weights(folder / "checkpoints" / BEST, watcher.best["step"])
     result = folder / (LORA if policy.weights.kind == "lora" else MODEL)
     if state.average is not None:
         with state.averaged():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t2i_align.runs import write_text
 from t2i_align.training.blocks import RunConfig
+
+WANDB_ID = "wandb-id.txt"  # in the run folder
 
 
 class Trackers:
@@ -39,10 +43,13 @@ class Trackers:
             if self.run is None:
                 import wandb
 
-                settings = self.config.model_dump(mode="json")
-                name = self.folder.name
                 self.run = wandb.init(
-                    project=self.config.log.wandb, dir=str(self.folder), name=name, config=settings, resume="allow"
+                    project=self.config.log.wandb,
+                    dir=str(self.folder),
+                    name=self.folder.name,
+                    config=self.config.model_dump(mode="json"),
+                    id=wandb_id(self.folder),
+                    resume="allow",
                 )
             self.run.log(numbers, step=int(step))
 
@@ -52,3 +59,11 @@ class Trackers:
             self.writer.close()
         if self.run is not None:
             self.run.finish()
+
+
+def wandb_id(folder: Path) -> str:
+    """The id of a run folder at Weights & Biases, without which a resumed run would be a new one there."""
+    path = folder / WANDB_ID
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
