@@ -202,8 +202,12 @@ def test_guarded_ratios_start_at_exactly_1(flow, dtype):
 
 @pytest.mark.parametrize("std", [0.5, 2.0])
 def test_guarded_ratios_by_hand(std):
-    """eps = (1, -2, .5) and a move by (.1, .2, -.3): the mean of eps times the move, (.1 - .4 - .15) / 3, at any std."""
-    old, noise, move = torch.tensor([[3.0, 4.0, 5.0]]), torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.1, 0.2, -0.3]])
+    """eps = (1, -2, .5) and a move by (.1, .2, -.3): the mean of eps times the move, -.45 / 3, at any std."""
+    old, noise, move = (
+        torch.tensor([[3.0, 4.0, 5.0]]),
+        torch.tensor([[1.0, -2.0, 0.5]]),
+        torch.tensor([[0.1, 0.2, -0.3]]),
+    )
     x, then, q = old + std * noise, Gaussian(old, torch.tensor(std)), Gaussian(old + move, torch.tensor(std))
     gap = per_dim(q.log_prob(x) - then.log_prob(x), q)
     assert float(gap) == pytest.approx(-0.15 / std - 0.14 / 6 / std**2, abs=1e-6)  # neither centred nor in one scale
