@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import distributed
 
 from t2i_align.config import TrainConfig
 from t2i_align.errors import T2IError
@@ -110,6 +111,36 @@ def train_in_parts(name, folder, world, sharded=False):
     train(name, folder, world, sharded, resume=True)
 
 
+def train_lora(folder, world):
+    """Five updates of a LoRA on a small Stable Diffusion, with the sizes of what each sums over processes."""
+    torch.manual_seed(0)
+    pipe = FAMILIES["sd"]().pipe
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"use": "grpo", "group": 4, "steps": 3, "batch_size": 4, "clip": 0.2, "beta": 0.1}
+    found, options = read_method(settings)
+    method = found(options, Policy.lora(pipe, rank=2), Tools(Driver(pipe, guidance_scale=3.0), Reward()))
+    sizes, reduce = [], distributed.all_reduce
+
+    def counted(values, *args, **named):
+        if values.numel() > 1:  # else a count or a loss
+            sizes[-1].append(values.numel())
+        return reduce(values, *args, **named)
+
+    def data(number):
+        sizes.append([])
+        return Prompts.of(ROUND)
+
+    distributed.all_reduce = counted
+    try:
+        config = TrainConfig(steps=5, learning_rate=1e-3, weight_decay=0.0)
+        state = fit(method, data, config, folder, world=world)
+    finally:
+        distributed.all_reduce = reduce
+    if world.first:
+        weights = {name: weight.detach() for name, weight in state.weights.items()}
+        torch.save({"weights": weights, "sizes": sizes}, Path(folder) / "lora.pt")
+
+
 def draw_pairs(folder):
     """Pictures of the toy's size; those of a pair differ in all channels, or Adam would learn from rounding errors."""
     for i, text in enumerate(ROUND):
@@ -180,6 +211,7 @@ def work(folder):
         if name in SHARDABLE:
             train_in_parts(name, Path(folder) / f"shards-{name}", world, sharded=True)
     shard_fully(folder, world)
+    train_lora(Path(folder) / "lora", world)
     train_on_nothing(folder, world)
     whole_run(folder)
     sharded_run(folder, world)
@@ -212,6 +244,7 @@ def both(tmp_path_factory):
         for name in METHODS:
             train(name, one / name, World())
         shard_fully(one, World())
+        train_lora(one / "lora", World())
         train_on_nothing(one, World())
         whole_run(one)
         sharded_run(one, World())
@@ -305,6 +338,16 @@ def test_all_weights_are_trained_in_shards(both):
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
     for name, weight in one["weights"].items():
         torch.testing.assert_close(weight, two["weights"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_lora_trains_like_in_one_process_with_one_reduction_of_gradients_an_update(both):
+    one, two = (torch.load(folder / "lora" / "lora.pt", weights_only=True) for folder in both)
+    count = sum(weight.numel() for weight in one["weights"].values())
+    for name, weight in one["weights"].items():
+        assert weight.any()  # those that start at 0, too
+        torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=1e-6)
+    assert two["sizes"] == [[count]] * 5
+    assert one["sizes"] == [[]] * 5
 
 
 def test_a_run_of_two_processes_is_written_once(both):

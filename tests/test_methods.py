@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from t2i_align.config import TrainConfig
+from t2i_align.keys import key
 from t2i_align.methods.base import Tools, surrogate
 from t2i_align.methods.d3po import D3PO, D3POSettings, preference_loss
 from t2i_align.methods.ddpo import DDPO, DDPOSettings
-from t2i_align.methods.grpo import GRPO, GRPOSettings
+from t2i_align.methods.grpo import GRPO, GRPOSettings, guarded
 from t2i_align.methods.prdp import PRDP, PRDPSettings, proximal
-from t2i_align.pipelines.driver import Driver
+from t2i_align.pipelines.driver import Driver, noise_of
+from t2i_align.pipelines.kernels import Gaussian, per_dim
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer
 from t2i_align.training import Ctx, TrainingError, fit
+from t2i_align.training.health import Health
 
 METHODS = {
     "ddpo": (DDPO, DDPOSettings),
@@ -30,8 +33,9 @@ def linear(images, prompts):
     return 16 * (images[:, 0, 0, 0] - 0.5)
 
 
-def make(name, flow=False, reward=linear, size=1, **settings):
+def make(name, flow=False, reward=linear, size=1, dtype=torch.float32, **settings):
     pipe = toy_pipeline(flow=flow, size=size)
+    pipe = pipe if dtype == torch.float32 else pipe.to(dtype)
     policy = Policy.full(pipe)
     cls, options = METHODS[name]
     defaults = {"group": 8, "steps": 5, "batch_size": 16}
@@ -131,15 +135,130 @@ def test_the_slope_of_prdp_is_its_derivative():
 
 
 @pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_two_passes_of_prdp_have_the_gradient_of_its_loss_in_one_graph(flow, minibatches):
+    """After an update, where some log-ratios are clipped and others are not."""
+    settings = {"beta": 5.0, "eps": 0.02, "minibatches": minibatches, "batch_size": 4, "group": 8, "epochs": 2}
+    method, ctx = make("prdp", flow, **settings), context(minibatches, minibatches)
+    data, old = method.collect(context(), Prompts.of(["0", "1"]))
+    (shift,) = method.policy.trainable()
+    with torch.no_grad():
+        shift.add_(torch.tensor([0.1, -0.05, 0.2]))
+    loss = sum(term.loss for term in method.losses(ctx, (data, old)))
+    (mine,) = torch.autograd.grad(loss, shift)
+
+    rows = method.rows(data.traj)
+    now = torch.stack([old[:, row] + method.moved(data, slice(0, 16), row) for row in rows], 1)
+    eps, rewards = settings["eps"], data.scores.total
+    near = now.clamp(old[:, rows] - eps, old[:, rows] + eps)
+    assert 0.1 < (near != now).float().mean() < 0.9
+    parts = method.chunks(ctx, 16)
+    used = [i for part in parts for i in range(part.start, part.stop)]
+    pairs = [(a, b) for a in used for b in used if a // 8 == b // 8 and rewards[a] > rewards[b]]
+    assert len(pairs) == 56 // minibatches
+    a, b = torch.tensor(pairs).T
+    target = (rewards[a] - rewards[b]) / settings["beta"]
+    plain, clipped = ((rh.mean(1)[a] - rh.mean(1)[b] - target).square() for rh in (now, near))
+    whole = torch.maximum(plain, clipped).mean()
+    (exact,) = torch.autograd.grad(whole, shift)
+    assert exact.abs().min() > 1e-5
+    torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(loss, whole)
+
+
+@pytest.mark.parametrize(("group", "batch", "every"), [(2, 1, 8), (16, 8, 480), (6, 4, 90), (4, 8, 24)])
+def test_minibatches_of_prdp_have_whole_groups(group, batch, every):
+    """All pairs of a round are in one of its updates, however small the batches are."""
+    count = {2: 8, 16: 4, 6: 6, 4: 4}[group]
+    method = make("prdp", group=group, batch_size=batch, minibatches=2, steps=2)
+    data, old = method.collect(context(), Prompts.of([str(i) for i in range(count)]))
+    found, covered = 0, []
+    for update in range(2):
+        ctx = context(update, update)
+        parts = method.chunks(ctx, len(data))
+        assert all(part.stop - part.start <= batch for part in parts)
+        some = [i for part in parts for i in range(part.start, part.stop)]
+        assert len(list(method.losses(ctx, (data, old)))) == len(parts)
+        covered += some
+        found += sum(a // group == b // group for a in some for b in some if a < b)
+    assert sorted(covered) == list(range(count * group))
+    assert found == every
+
+
+@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("name", ["ddpo", "grpo"])
 def test_ratios_start_at_exactly_1(name, flow):
     _, stats, _ = gradient(make(name, flow))
     assert all((row["ratio"] == 1).all() for row in stats)
 
 
-def test_guarded_ratios_start_at_1():
-    _, stats, _ = gradient(make("grpo", guard=True))
-    assert all((row["ratio"] - 1).abs().max() < 1e-6 for row in stats)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flow", [False, True])
+def test_guarded_ratios_start_at_exactly_1(flow, dtype):
+    """Whatever latents are rounded to: rounding squared, over the variance, would be beyond the clip."""
+    _, stats, _ = gradient(make("grpo", flow, dtype=dtype, guard=True, steps=10))
+    assert all((row["ratio"] == 1).all() for row in stats)
+
+
+@pytest.mark.parametrize("std", [0.5, 2.0])
+def test_guarded_ratios_by_hand(std):
+    """eps = (1, -2, .5) and a move by (.1, .2, -.3): the mean of eps times the move, -.45 / 3, at any std."""
+    old, noise, move = (
+        torch.tensor([[3.0, 4.0, 5.0]]),
+        torch.tensor([[1.0, -2.0, 0.5]]),
+        torch.tensor([[0.1, 0.2, -0.3]]),
+    )
+    x, then, q = old + std * noise, Gaussian(old, torch.tensor(std)), Gaussian(old + move, torch.tensor(std))
+    gap = per_dim(q.log_prob(x) - then.log_prob(x), q)
+    assert float(gap) == pytest.approx(-0.15 / std - 0.14 / 6 / std**2, abs=1e-6)  # neither centred nor in one scale
+    assert float(guarded(gap, q, old)) == pytest.approx(-0.15, abs=1e-6)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("flow", [False, True])
+def test_guarded_ratios_of_another_policy_are_noise_times_the_move(flow, guard):
+    """At every step and in every batch, where plain ones are (noise move - move^2 / (2 std)) / std."""
+    method = make("grpo", flow, guard=guard)
+    data, advantages = method.collect(context(), Prompts.of(["0", "1", "2", "3"]))
+    rows, parts = method.rows(data.traj), [slice(0, 16), slice(16, 32)]
+    with torch.no_grad():
+        old = [method.step(data.traj, part, row).mean for row in rows for part in parts]
+        method.policy.trainable()[0].add_(torch.tensor([0.5, -0.2, 0.1]))
+        terms = list(method.losses(context(update=1), (data, advantages)))
+    for term, then, (row, part) in zip(terms, old, [(row, part) for row in rows for part in parts], strict=True):
+        q = method.step(data.traj, part, row)
+        move, noise = q.mean.detach() - then, noise_of(then, key(0, "rollout", 0), range(part.start, part.stop), row)
+        expected = noise * move if guard else (noise * move - move.square() / (2 * q.std)) / q.std
+        torch.testing.assert_close(term.stats["ratio"].log(), expected.flatten(1).mean(1), rtol=1e-4, atol=2e-6)
+
+
+def test_a_run_is_refused_where_noise_decides_what_is_clipped(tmp_path):
+    """5e-4 off is within the tolerance of ratios, but all images would be clipped at 1e-4."""
+    for clip, fine in ((1e-4, False), (2e-3, True)):
+        method = make("grpo", clip=clip, batch_size=8, group=8)
+        collect = method.collect
+
+        def elsewhere(ctx, prompts, collect=collect):
+            data, advantages = collect(ctx, prompts)
+            data.traj.log_prob.sub_(5e-4 * 3)  # nats of three dimensions
+            return data, advantages
+
+        method.collect = elsewhere
+        config = TrainConfig(steps=1)
+        if fine:
+            fit(method, lambda step: Prompts.of("0"), config, tmp_path / str(clip))
+            continue
+        with pytest.raises(TrainingError, match=r"to be 1 before the first update on them, to 5e-05, .* by 0\.0005"):
+            fit(method, lambda step: Prompts.of("0"), config, tmp_path / str(clip))
+
+
+def test_a_clip_within_rounding_allows_rounding():
+    """Of fp32 log-probs, for the 1e-6 of PRDP's small scale."""
+    assert make("prdp", eps=1e-6).clip == 1e-6
+    health = Health(1e-6)
+    health.term(context(), {"log_ratio": torch.tensor([2.4e-7])})
+    with pytest.raises(TrainingError, match="to 1e-06"):
+        health.term(context(), {"log_ratio": torch.tensor([2e-6])})
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -155,10 +274,11 @@ def test_first_gradients_are_those_of_one_policy_gradient(flow):
     torch.testing.assert_close(ddpo * spread, grpo, rtol=1e-4, atol=1e-6)
 
 
-def test_first_gradient_of_d3po_is_half_beta_times_the_difference():
+@pytest.mark.parametrize("flow", [False, True])
+def test_first_gradient_of_d3po_is_half_beta_times_the_difference(flow):
     """-(beta / 2) (g_w - g_l) per pair: that of GRPO with advantages 1 and -1, times beta / 2 times two samples."""
-    d3po, _, (data, pairs, _) = gradient(make("d3po", group=2, clip=None, beta=0.1), ["0"])
-    grpo, _, _ = gradient(make("grpo", group=2, shared_start=True), ["0"])  # advantages of two are +-1
+    d3po, _, (data, pairs, _) = gradient(make("d3po", flow, group=2, clip=None, beta=0.1), ["0"])
+    grpo, _, _ = gradient(make("grpo", flow, group=2, shared_start=True), ["0"])  # advantages of two are +-1
     assert len(pairs) == 1
     torch.testing.assert_close(d3po, 0.05 * 2 * grpo, rtol=5e-3, atol=1e-7)
 

@@ -521,6 +521,10 @@ def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
         ({"method.batch_size": 6}, ["neither divides nor is a multiple of the group of 4"]),
         ({"method.batch_size": 32}, ["expected to divide the 16 images of a round"]),
         ({"method.minibatches": 3, "train.steps": 5}, ["method.minibatches", "train.steps"]),
+        (
+            {"method": {"use": "prdp", "group": 4, "batch_size": 1, "minibatches": 8}, "train.steps": 8},
+            ["expected to divide the 4 batches of whole groups, 4 images each, of a round but got 8"],
+        ),
         ({"prompts.per_round": 20}, ["at least the 20 prompts"]),
         ({"prompts.path": None}, ["use: file with path"]),
         ({"prompts.path": "prompt"}, ["No such file of prompts: prompt"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from t2i_align.config import Settings
 from t2i_align.keys import key
 from t2i_align.pipelines.cond import Cond
-from t2i_align.pipelines.driver import Driver, OnStep, noise_of
+from t2i_align.pipelines.driver import Driver, OnStep
 from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, load_kernel
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
@@ -74,11 +75,11 @@ class Rollout:
     traj: Trajectory
     scores: Scores
     group: int
-    seed: int  # of their noise
     first: int = 0  # place of this process's images among all
     discount: float = 0.0  # of uncertain rewards, see `trust`
     serves: Tensor | None = None  # (B,) of all images, which of several rewards is the total; None: their sum
     previews: Tensor | None = None  # (B, M) of all images, rewards of the x0 estimates of the first M rows
+    means: Tensor | None = None  # (B, M, ...) fp32 of the first M rows' steps, before latents are rounded
 
     def __len__(self) -> int:
         return len(self.traj.x)
@@ -106,24 +107,21 @@ class Rollout:
         every = torch.arange(len(self.scores.total))
         return [every] if self.serves is None else [every[self.serves == k] for k in self.serves.unique()]
 
-    def old_mean(self, rows: slice, row: int, std: Tensor) -> Tensor:
-        """Means of the steps that were taken: the stored latents less their keyed noise."""
-        x = self.traj.x[rows, row + 1].float()
-        return x - std * noise_of(x, self.seed, range(self.first + rows.start, self.first + rows.stop), row)
-
 
 class OnPolicy(Method):
     """Base of methods that learn from images of the current model, or from given ones.
 
     `needs_gradient`: gradients of the reward reach the weights, so that it must be differentiable; `shardable`: its
     updates make the same passes through the network in all processes, which weights in shards need; `averages`: it
-    keeps an average of the weights.
+    keeps an average of the weights; `whole_groups`: it compares the images of a prompt in an update, so that they
+    belong to one minibatch.
     """
 
     settings: SamplingSettings
     needs_gradient: ClassVar[bool] = False
     shardable: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    whole_groups: ClassVar[bool] = False
 
     def __init__(self, settings: SamplingSettings, policy: Policy, tools: Tools) -> None:
         super().__init__()
@@ -133,6 +131,11 @@ class OnPolicy(Method):
     def refuse(cls, settings: Any, columns: Collection[str]) -> str | None:
         """Why a table of prompts with these columns cannot serve, or None; told before weights are loaded."""
         return None
+
+    @classmethod
+    def dealt(cls, settings: SamplingSettings) -> int:
+        """Images that go to one minibatch together: a batch, or as many batches as whole groups of images fill."""
+        return math.lcm(settings.batch_size, settings.group) if cls.whole_groups else settings.batch_size
 
     @property
     def learns_reward(self) -> bool:
@@ -239,10 +242,13 @@ class OnPolicy(Method):
         ids = list(range(first, first + len(cond)))
         seed, many = key(ctx.seed, "rollout", ctx.step), prompts[mine].repeat(s.group)
         previews: list[Tensor] = []
+        means: list[Tensor] = []
 
         def look(row: int, made: Step, x: Tensor) -> None:
             if row < self.previewed:
                 previews.append(self.score(made.x0, many).total)
+            if row < self.kept_means:
+                means.append(made.q.mean)
 
         traj = self.draw(ctx, cond, seed, ids, look)
         scores = gather(ctx, self.score(traj.x[:, -1], many))
@@ -252,7 +258,8 @@ class OnPolicy(Method):
         if isinstance(self.tools.reward, Limited):
             self.tools.reward.update(scores)
         promised = ctx.world.gather(torch.stack(previews, 1)) if previews else None
-        return Rollout(traj, scores, s.group, seed, first, s.discount, previews=promised)
+        kept = torch.stack(means, 1) if means else None
+        return Rollout(traj, scores, s.group, first, s.discount, previews=promised, means=kept)
 
     def score(self, latents: Tensor, prompts: Prompts) -> Scores:
         """Scores of latents (B, ...); NaN for those whose images are no numbers.
@@ -290,6 +297,11 @@ class OnPolicy(Method):
         """How many of the first rows' x0 estimates are decoded and scored, too."""
         return 0
 
+    @property
+    def kept_means(self) -> int:
+        """Of how many of the first rows the means of the steps are kept."""
+        return 0
+
     def draw(self, ctx: Ctx, cond: Cond, seed: int, ids: list[int], on_step: OnStep | None = None) -> Trajectory:
         """The chains of a round, their noise keyed by `ids`."""
         s, driver, call = self.settings, self.tools.driver, self.tools.call
@@ -317,25 +329,27 @@ class OnPolicy(Method):
 
         Slices are those of the rollout, so that ratios start at exactly 1. All processes' slices are dealt out
         together, so that an update has the same images however many processes there are: of as many neighbours as there
-        are minibatches each one goes to another, so that processes have equally much to do.
+        are minibatches each one goes to another, so that processes have equally much to do. A method of `whole_groups`
+        has the slices of a group as one.
         """
-        s, world = self.settings, ctx.world
-        mine = [slice(first, min(first + s.batch_size, count)) for first in range(0, count, s.batch_size)]
+        s, world, size = self.settings, ctx.world, self.dealt(self.settings)
+        mine = [slices(range(first, min(first + size, count)), s.batch_size) for first in range(0, count, size)]
         every = len(mine) * world.count
         draws, sets = ctx.round_generator("order", ctx.update // s.minibatches), -(-every // s.minibatches)
         order = torch.cat([torch.randperm(s.minibatches, generator=draws) for _ in range(sets)])[:every]
         dealt = (order == ctx.update % s.minibatches).nonzero()[:, 0].tolist()
         if every < s.minibatches:
             raise TrainingError(
-                f"Expected at least {s.minibatches} batches of {s.batch_size} samples in a round, one for each "
-                f"minibatch, but got {every}."
+                f"Expected at least {s.minibatches} batches of {size} samples in a round, one for each minibatch, but "
+                f"got {every}."
             )
         if self.policy.sharded and len(mine) % s.minibatches:
             raise TrainingError(
                 f"Expected a number of batches in each process that the {s.minibatches} minibatches divide, since all "
                 f"must make the same passes through weights in shards, but got {len(mine)}."
             )
-        return [mine[i - world.rank * len(mine)] for i in dealt if i // len(mine) == world.rank]
+        here = [mine[i - world.rank * len(mine)] for i in dealt if i // len(mine) == world.rank]
+        return [part for parts in here for part in parts]
 
     def samples(self, ctx: Ctx, chunks: list[slice]) -> float:
         """How many samples an update has in all processes."""
@@ -360,6 +374,11 @@ class OnPolicy(Method):
     def _step(self, x: Tensor, row: int, cond: Any) -> Step:
         s = self.settings
         return self.tools.driver.step(x, row, cond, s.steps, self.kernel, **self.tools.call)
+
+
+def slices(samples: range, size: int) -> list[slice]:
+    """Consecutive samples in slices of at most `size`."""
+    return [slice(first, min(first + size, samples.stop)) for first in range(samples.start, samples.stop, size)]
 
 
 def gather(ctx: Ctx, scores: Scores) -> Scores:

@@ -99,7 +99,7 @@ class D3PO(OnPolicy):
         mine = ctx.world.share(len(rows))
         traj = replay.chains(rows[mine])
         unknown = torch.full((group * len(rows),), torch.nan)
-        data = Rollout(traj, Scores(unknown, {}), group, replay.choices.job.seed, mine.start * group)
+        data = Rollout(traj, Scores(unknown, {}), group, mine.start * group)
         pairs = torch.tensor(
             [[place * group + i for i in pair] for place, row in enumerate(rows) for pair in replay.choices.pairs[row]]
         )

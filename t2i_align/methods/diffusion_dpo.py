@@ -120,8 +120,8 @@ class DiffusionDPO(ForwardProcess):
         x = torch.stack([found.get(name, torch.zeros_like(like)) for name in names]).to(device)
         total = torch.tensor([score if name in found else torch.nan for name, score in zip(names, scores, strict=True)])
         cond = self.tools.driver.encode(self._captions(ctx, table, mine.start)).repeat(group)
-        data = Rollout(finished(x, cond), Scores(total, {}), group, 0, mine.start * group)
-        return Rollout(data.traj, gather(ctx, data.scores), group, 0, data.first)
+        data = Rollout(finished(x, cond), Scores(total, {}), group, mine.start * group)
+        return Rollout(data.traj, gather(ctx, data.scores), group, data.first)
 
     def report(self, batch: tuple[Rollout, Tensor]) -> dict[str, float]:
         """Of drawn images what on-policy methods report; of all the number of pairs, or of single images."""

@@ -63,6 +63,12 @@ class GRPO(PolicyGradient):
         first = min(ctx.step // self.updates % places * width, max(0, trained - width))
         return [self.kernel if first <= row < first + width else ode() for row in range(rows)]
 
+    @property
+    def kept_means(self) -> int:
+        if not self.settings.guard:
+            return 0
+        return self.trained(self.tools.driver.grid(self.settings.steps, **self.tools.call).steps)
+
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round and the advantages (B, N) of their steps."""
         data = self.images(ctx, prompts)
@@ -91,7 +97,7 @@ class GRPO(PolicyGradient):
                 q = self.step(traj, part, row)
                 advantage = advantages[part, row].to(q.mean.device)
                 gap = per_dim(q.log_prob(traj.x[part, row + 1]) - traj.log_prob[part, row], q)
-                ratio = (self.guarded(data, part, row, q, gap) if s.guard else gap).exp()
+                ratio = (gap if data.means is None else guarded(gap, q, data.means[part, row])).exp()
                 loss, stats = surrogate(ratio, advantage, s.clip), {"ratio": ratio, "clipped": outside(ratio, s.clip)}
                 if s.beta:
                     kl = self.kl(traj, part, row, q)
@@ -109,11 +115,19 @@ class GRPO(PolicyGradient):
         sigma = self.tools.driver.grid(self.settings.steps, **self.tools.call).sigma
         return kl * float(sigma[row] - sigma[row + 1])
 
-    def guarded(self, data: Rollout, part: slice, row: int, q: Gaussian, gap: Tensor) -> Tensor:
-        """GRPO-Guard's log-ratio (arXiv 2510.22319): std (log rho + |mean - old mean|^2 / (2 std^2)), per dimension.
 
-        Without the square, by which log rho is below 0 on average, and in one scale for all steps, clipping bites on
-        both sides alike and at every step.
-        """
-        moved = (q.mean - data.old_mean(part, row, q.std)).square().flatten(1).mean(1)
-        return q.std.flatten()[0] * (gap + moved / (2 * q.std.flatten()[0].square()))
+def guarded(gap: Tensor, q: Gaussian, old: Tensor) -> Tensor:
+    """GRPO-Guard's log-ratio (arXiv 2510.22319): std (log rho + |mean - old mean|^2 / (2 std^2)), per dimension.
+
+    Without the square, by which log rho is below 0 on average, and in one scale for all steps, clipping bites on both
+    sides alike and at every step.
+
+    Args:
+        gap: (B,) log rho per dimension.
+        q: the current step.
+        old: (B, ...) means of the step that was taken, as they were before latents were rounded to their number type:
+            squared, and over the variance, rounding alone would be beyond the clip.
+    """
+    std = q.std.flatten()[0]
+    moved = (q.mean - old).square().flatten(1).mean(1)
+    return std * (gap + moved / (2 * std.square()))

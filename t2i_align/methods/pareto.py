@@ -150,6 +150,10 @@ class PolicyGradient(OnPolicy):
         return replace(data, scores=data.scores._replace(total=own.where(own.isfinite(), torch.nan)), serves=served)
 
     @property
+    def clip(self) -> float:
+        return self.settings.clip
+
+    @property
     def previewed(self) -> int:
         if self.settings.gae is None:
             return 0

@@ -47,6 +47,11 @@ class PRDP(OnPolicy):
 
     settings: PRDPSettings
     shardable: ClassVar[bool] = True
+    whole_groups: ClassVar[bool] = True
+
+    @property
+    def clip(self) -> float:
+        return self.settings.eps
 
     def collect(self, ctx: Ctx, prompts: Prompts) -> tuple[Rollout, Tensor]:
         """Images of the round, and per-dimension log-ratios (B, N) of the old policy to the base."""

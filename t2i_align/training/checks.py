@@ -263,14 +263,14 @@ def _shards(config: RunConfig, count: int, batches: int) -> Iterator[str]:
 
 def _sizes(config: RunConfig, world: World) -> Iterator[str]:
     """Rounds, groups, batches, minibatches and processes that do not fit together."""
-    _, s = read_method(config.method)
-    count, per_round = world.count, config.prompts.per_round
+    method, s = read_method(config.method)
+    count, per_round, size = world.count, config.prompts.per_round, method.dealt(s)
     if per_round % count:
         yield f"prompts.per_round: expected a multiple of the {count} processes but got {per_round}"
         return
     images = per_round // count * s.group
     if config.policy.shard:
-        yield from _shards(config, count, images // s.batch_size)
+        yield from _shards(config, count, images // size)
     if s.batch_size % s.group and s.group % s.batch_size:
         yield f"method.batch_size: {s.batch_size} neither divides nor is a multiple of the group of {s.group} images"
     if images % s.batch_size:
@@ -279,9 +279,10 @@ def _sizes(config: RunConfig, world: World) -> Iterator[str]:
             f"method.batch_size: expected to divide the {images} images of a round{each} (prompts.per_round "
             f"{per_round} x group {s.group}) but got {s.batch_size}"
         )
-    elif images // s.batch_size * count % s.minibatches:
+    elif images // size * count % s.minibatches:
+        of = "" if size == s.batch_size else f" of whole groups, {size} images each,"
         yield (
-            f"method.minibatches: expected to divide the {images // s.batch_size * count} batches of a round but got "
+            f"method.minibatches: expected to divide the {images // size * count} batches{of} of a round but got "
             f"{s.minibatches}"
         )
     updates = s.epochs * s.minibatches

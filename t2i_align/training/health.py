@@ -11,15 +11,22 @@ from torch import Tensor
 from t2i_align.training.method import Ctx, TrainingError
 
 RATIO = 1e-3  # largest difference from 1 of a ratio of per-dimension probabilities before the first update
+ROUNDING = 1e-6  # what fp32 makes of equal log-probs in batches of other samples, a few 1e-7
 CONSTANT = 5  # rounds without any difference between rewards
 INVALID = 0.5  # share of a round's rewards that may be no numbers
 
 
 class Health:
-    """Watches the statistics of a run."""
+    """Watches the statistics of a run.
 
-    def __init__(self) -> None:
+    Args:
+        clip: of the method's ratios, half of which they may be off: further, and noise alone would decide what is
+            clipped. None for a method without.
+    """
+
+    def __init__(self, clip: float | None = None) -> None:
         self.constant = 0  # rounds in a row
+        self.allowed = RATIO if clip is None else min(RATIO, max(clip / 2, ROUNDING))
 
     def term(self, ctx: Ctx, stats: Mapping[str, Tensor | float]) -> None:
         """Look at a loss term.
@@ -40,11 +47,12 @@ class Health:
                     "learning rate; the last checkpoint is kept."
                 )
             off = float((values - right).abs().max()) if values.numel() else 0.0
-            if not off <= RATIO:
+            if not off <= self.allowed:
                 raise TrainingError(
                     f"Expected the {name} of the policy to the one that drew the images to be {right:g} before the "
-                    f"first update on them but it is off by {off:.3g}: drawing and training are not the same function; "
-                    "look for dropout, a network in another mode, or layers whose result depends on the batch."
+                    f"first update on them, to {self.allowed:.3g}, but it is off by {off:.3g}: drawing and training "
+                    "are not the same function; look for dropout, a network in another mode, or layers whose result "
+                    "depends on the batch."
                 )
 
     def round(self, step: int, report: Mapping[str, float]) -> None:

@@ -82,7 +82,7 @@ def fit(
             (see `Health`).
     """
     folder, observer = Path(folder), observer or Observer()
-    state, metrics, health = State(method, config), Metrics(folder / "metrics.jsonl", world), Health()
+    state, metrics, health = State(method, config), Metrics(folder / "metrics.jsonl", world), Health(method.clip)
     _open(state, folder, resume, world)
     metrics.forget_after(state.step)
     method.train()

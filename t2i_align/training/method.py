@@ -63,6 +63,11 @@ class Method(nn.Module):
         """First updates, which leave the weights as they are."""
         return 0
 
+    @property
+    def clip(self) -> float | None:
+        """How far ratios to the policy that drew a batch may go before they are clipped; None: any way."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights: numbers, strings and tensors in dicts and lists."""
         return {}
