@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.config import TrainConfig
-from t2i_align.shards import dealt, is_shard, own, whole
+from t2i_align.shards import dealt, is_shard, own, to_write
 from t2i_align.training.elastic import ElasticReset
 from t2i_align.training.method import Method, TrainingError
 
@@ -52,6 +53,7 @@ class State:
         if config.elastic_reset:
             self.elastic = ElasticReset(self.weights, config.elastic_reset, config.elastic_decay)
         self.step, self.seconds = 0, 0.0
+        self.written: Path | None = None  # the last checkpoint
 
     @property
     def sharded(self) -> bool:
@@ -71,9 +73,9 @@ class State:
         content = {
             "step": self.step,
             "seconds": self.seconds,
-            "weights": {name: whole(p.detach()) for name, p in self.weights.items()},
-            "average": self.average and {name: whole(mean) for name, mean in self.average.items()},
-            "optimizer": self._moments(),
+            "weights": {name: to_write(p.detach(), write) for name, p in self.weights.items()},
+            "average": self.average and {name: to_write(mean, write) for name, mean in self.average.items()},
+            "optimizer": self._moments(write),
             "scaler": self.scaler.state_dict(),
             "elastic": None if self.elastic is None else self.elastic.state(),
             "method": self.method.state(),
@@ -112,11 +114,11 @@ class State:
         self.method.restore(content["method"])
         self.step, self.seconds = content["step"], content["seconds"]
 
-    def _moments(self) -> dict[str, Any]:
-        """The optimiser's state, whole."""
+    def _moments(self, write: bool) -> dict[str, Any]:
+        """The optimiser's state, as `to_write` makes it."""
         state = self.optimizer.state_dict()
         moments = {
-            index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+            index: {n: to_write(value, write) if isinstance(value, Tensor) else value for n, value in values.items()}
             for index, values in state["state"].items()
         }
         return state | {"state": moments}
@@ -169,16 +171,20 @@ class State:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the averaged weights, if the run keeps any, into the method for the length of the block."""
-        if self.average is None:
-            yield
-            return
-        mine = {name: p.detach().clone() for name, p in self.weights.items()}
+        """Put the averaged weights, if the run keeps any, into the method for the length of the block.
+
+        They change places, so that no further copy is made: `average` has the trained weights meanwhile.
+        """
+        pairs = [] if self.average is None else [(p, self.average[name]) for name, p in self.weights.items()]
+        done: list[tuple[Tensor, Tensor]] = []
         try:
-            assign(self.weights, self.average)
+            for pair in pairs:
+                exchange(*pair)
+                done.append(pair)
             yield
         finally:
-            assign(self.weights, mine)
+            for pair in done:
+                exchange(*pair)
 
 
 def make_optimizer(weights: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -221,11 +227,51 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*.pt"))
 
 
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The file of a step."""
+    return folder / "checkpoints" / f"step-{step:08d}.pt"
+
+
 def write_checkpoint(folder: Path, state: State, write: bool = True) -> None:
-    """Write the checkpoint of a step, then delete the oldest beyond the number to keep; `write`: see `State.save`."""
-    state.save(folder / "checkpoints" / f"step-{state.step:08d}.pt", write)
+    """Write the checkpoint of a step, then delete the oldest beyond the number to keep; `write`: see `State.save`.
+
+    What was written of this step before is not written again.
+    """
+    path = checkpoint_of(folder, state.step)
+    if state.written == path:
+        return
+    state.save(path, write)
+    state.written = path
     for old in checkpoints(folder)[: -state.config.keep] if write else ():
         old.unlink()
+
+
+def write_best(folder: Path, state: State, write: bool = True) -> None:
+    """Write the checkpoint of a step, and give it a second name that it keeps, `best.pt`; `write`: see `State.save`.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    write_checkpoint(folder, state, write)  # a run must not resume from before its best weights
+    if not write:
+        return
+    path, best = checkpoint_of(folder, state.step), folder / "checkpoints" / BEST
+    temporary = best.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, temporary)
+    temporary.replace(best)
+    temporary.unlink(missing_ok=True)  # where both are one file already, replacing does nothing
+
+
+def exchange(one: Tensor, other: Tensor) -> None:
+    """Swap the values of two tensors alike; of those in shards each process its part."""
+    a, b = own(one), own(other)
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
 
 
 def assign(weights: dict[str, Any], values: dict[str, Tensor]) -> None:

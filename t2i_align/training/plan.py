@@ -121,6 +121,8 @@ def standing(parts: Parts) -> tuple[int, int]:
     scorers: list[Scorer] = list(parts.judges.scorers.values())
     networks = [network for scorer in scorers for network in scorer.networks()]
     networks += parts.method.networks()
+    if (exact := parts.method.tools.driver.exact_vae) is not None:  # in fp32, beside the pipeline's
+        networks.append(exact)
     if isinstance(parts.judges.features, nn.Module):
         networks.append(parts.judges.features)
     every = {id(p): p for p in parameters(parts.pipe)}
