@@ -373,7 +373,7 @@ def test_a_blank_network_is_made_without_room_and_keeps_all_else():
     network.table = torch.arange(3.0)  # no buffer, as the positions of some transformers
     with Largest() as largest:
         blank = blank_of(network)
-    assert largest.numel <= 3
+    assert largest.numel < max(p.numel() for p in network.parameters()) / 10
     assert {name: p.shape for name, p in blank.state_dict().items()} == {
         name: p.shape for name, p in network.state_dict().items()
     }

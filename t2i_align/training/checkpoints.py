@@ -175,7 +175,8 @@ class State:
 
         They change places, so that no further copy is made: `average` has the trained weights meanwhile.
         """
-        pairs = [] if self.average is None else [(p, self.average[name]) for name, p in self.weights.items()]
+        means = self.average or {}
+        pairs: list[tuple[Tensor, Tensor]] = [(self.weights[name], mean) for name, mean in means.items()]
         done: list[tuple[Tensor, Tensor]] = []
         try:
             for pair in pairs:

@@ -42,10 +42,10 @@ class World:
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         rank, count, local = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+        gpus = torch.cuda.device_count() if count > 1 and torch.cuda.is_available() else 0
+        if local < gpus:
+            torch.cuda.set_device(local)
         if count > 1 and not distributed.is_initialized():
-            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            if local < gpus:
-                torch.cuda.set_device(local)
             # Where processes outnumber GPUs they are on the CPU, and NCCL must not connect.
             mine = torch.device("cuda", local) if int(os.environ.get("LOCAL_WORLD_SIZE", count)) <= gpus else None
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
