@@ -63,6 +63,7 @@ def load_pipeline(
     quantize: str | None = None,
     attention: str | None = None,
     channels_last: bool = False,
+    in_memory: bool = False,
     local_files_only: bool = False,
 ) -> DiffusionPipeline:
     """Open a text-to-image pipeline; weights are read from safetensors only.
@@ -82,6 +83,7 @@ def load_pipeline(
         quantize: `4bit` for 4-bit denoisers and large text encoders by bitsandbytes.
         attention: back-end of the denoiser's attention: `native`, `xformers`, `flash`, ...
         channels_last: lay convolutions out so that they are a quarter faster on a CPU; pictures change by rounding.
+        in_memory: leave its networks in main memory; the caller moves them to `device`.
         local_files_only: leave the network alone.
 
     Raises:
@@ -96,7 +98,7 @@ def load_pipeline(
     if isinstance(pipeline, DiffusionPipeline):
         given = {"dtype": dtype, "variant": variant, "revision": revision, "offload": offload, "vae": vae, "lora": lora}
         given |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling, "quantize": quantize, "attention": attention}
-        given["channels_last"] = channels_last
+        given |= {"channels_last": channels_last, "in_memory": in_memory}
         if laid := [name for name, value in given.items() if value]:
             raise PipelineError(f"Expected {', '.join(laid)} for a pipeline to open but got one that is already open.")
         return pipeline
@@ -129,7 +131,7 @@ def load_pipeline(
         for part in loaded.components.values():
             if isinstance(part, torch.nn.Module):
                 part.to(memory_format=torch.channels_last)
-    return _settle(loaded, target, offload, vae_slicing, vae_tiling)
+    return _settle(loaded, torch.device("cpu") if in_memory else target, offload, vae_slicing, vae_tiling)
 
 
 def preview_pipeline(pipe: DiffusionPipeline, decoder: Any, local_files_only: bool = False) -> DiffusionPipeline:

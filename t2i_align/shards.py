@@ -20,6 +20,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def to_write(tensor: Tensor, write: bool) -> Tensor:
+    """What goes into a file: a plain tensor as it is, one in shards gathered into main memory where `write`.
+
+    A tensor at a time is whole on the devices; what other processes return is nothing of use. Collective.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    found = tensor.full_tensor()
+    return found.cpu() if write else found.new_empty(0)
+
+
 def own(tensor: Tensor) -> Tensor:
     """This process's part, which shares memory with the tensor."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -25,7 +25,8 @@ from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import FunctionScorer
 from t2i_align.training import Method, State, Term, TrainingError, fit
-from t2i_align.training.checkpoints import read_checkpoint
+from t2i_align.training.checkpoints import read_checkpoint, write_best
+from t2i_align.training.loop import Observer
 
 ROOT = Path(__file__).parents[1]
 UPDATES = 48
@@ -132,6 +133,32 @@ def test_a_checkpoint_has_everything(tmp_path):
     assert content["config"] == settings().model_dump(mode="json")
     assert content["method_name"] == "DDPO"
     assert {"weights", "average", "optimizer", "scaler", "seconds"} <= content.keys()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_checkpoint_is_written_once_and_outlives_the_others(tmp_path, monkeypatch, links):
+    written = []
+    save = State.save
+
+    class Best(Observer):
+        def look(self, state):
+            if state.step in (3, 4):
+                write_best(tmp_path, state)
+            return False
+
+    def refuse(*paths):
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(State, "save", lambda state, *rest: written.append(state.step) or save(state, *rest))
+    whole = fit(Large(width=4), lambda number: None, settings(keep=1), tmp_path, observer=Best())
+    assert written == [2, 3, 4, 6, 8]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.pt", "step-00000008.pt"]
+    assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["step"] == 4
+    last = {name: p.detach().clone() for name, p in whole.weights.items()}
+    whole.load_weights(tmp_path / "checkpoints" / "best.pt")
+    assert not any(torch.equal(p, last[name]) for name, p in whole.weights.items())
 
 
 @pytest.mark.parametrize("where", [0.2, 0.5, 0.8])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i_align.config import TrainConfig
 from t2i_align.errors import T2IError
@@ -20,11 +21,11 @@ from t2i_align.pipelines.driver import Driver
 from t2i_align.pipelines.kernels import ddim
 from t2i_align.pipelines.toy import ToyDenoiser, toy_pipeline
 from t2i_align.policy import Policy
-from t2i_align.policy.sharded import shard
+from t2i_align.policy.sharded import blank_of, shard
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer
 from t2i_align.rewards.constraints import Constraint, Limited
-from t2i_align.training import TrainingError, World, fit
+from t2i_align.training import Ctx, TrainingError, World, fit
 from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +204,20 @@ def sharded_run(folder, world):
     assert done.step == 6
 
 
+def teach(folder, world):
+    """Two lessons of a value function; before the second one the processes' weights and moments differ."""
+    found, settings = read_method({"group": 4, "steps": 3, "batch_size": 4} | METHODS["vard"])
+    method = found(settings, Policy.full(toy_pipeline(size=2)), Tools(Driver(toy_pipeline(size=2)), Reward()))
+    method.collect(Ctx(0, 0, torch.device("cpu"), world=world), Prompts.of(ROUND))
+    critic = method.critic
+    for p in critic.served.value.parameters():
+        p.add_(0.1 * world.rank)
+        critic.optimizer.state[p]["exp_avg"].add_(0.1 * world.rank)
+    method.collect(Ctx(0, 2, torch.device("cpu"), world=world), Prompts.of(ROUND))
+    state = critic.state()
+    torch.save({name: state[name] for name in ("value", "optimizer")}, Path(folder) / f"value-{world.rank}.pt")
+
+
 def work(folder):
     """What each of the processes does; all jobs in one, since starting takes longest."""
     world = World.join()
@@ -213,9 +228,9 @@ def work(folder):
     shard_fully(folder, world)
     train_lora(Path(folder) / "lora", world)
     train_on_nothing(folder, world)
+    teach(folder, world)
     whole_run(folder)
-    sharded_run(folder, world)
-    torch.distributed.destroy_process_group()
+    sharded_run(folder, world)  # at whose end the processes part
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +261,13 @@ def both(tmp_path_factory):
         shard_fully(one, World())
         train_lora(one / "lora", World())
         train_on_nothing(one, World())
+        teach(one, World())
         whole_run(one)
         sharded_run(one, World())
         for process in started:
             _, complaint = process.communicate(timeout=240)
             assert process.returncode == 0, complaint.decode()[-3000:]
+            assert "destroy_process_group" not in complaint.decode()
     finally:
         for process in started:
             process.kill()
@@ -361,6 +378,64 @@ def test_a_run_of_two_processes_is_written_once(both):
         assert [row["step"] for row in rows(folder, "evaluations")] == [0, 2, 4, 6]
         assert (folder / "README.md").exists()
         assert (folder / "model" / "policy.json").exists()
+
+
+def test_value_functions_that_drifted_apart_are_one_after_a_lesson(both):
+    one, two = both
+    files = [two / "value-0.pt", two / "value-1.pt", one / "value-0.pt"]
+    first, second, alone = (torch.load(file, weights_only=True) for file in files)
+    for name, weight in first["value"].items():
+        assert torch.equal(weight, second["value"][name])
+        torch.testing.assert_close(weight, alone["value"][name], rtol=0, atol=1e-6)
+    for place, moments in first["optimizer"]["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(moments[name], second["optimizer"]["state"][place][name])
+
+
+@pytest.mark.parametrize(("gpus", "current", "bound"), [(0, [], None), (1, [], None), (2, [1], "cuda:1")])
+def test_a_process_makes_its_gpu_the_current_one(monkeypatch, gpus, current, bound):
+    done, joined = [], {}
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+
+    def join(backend, **options):
+        joined.update(options, backend=backend, after=list(done))
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    assert World.join() == World(3, 4, 1)
+    assert joined["after"] == done == current  # set before NCCL connects
+    assert joined["backend"] == ("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    assert joined["device_id"] == (bound and torch.device(bound))
+
+
+def test_a_blank_network_is_made_without_room_and_keeps_all_else():
+    network = FAMILIES["sd"]().pipe.unet
+    network.table = torch.arange(3.0)  # no buffer, as the positions of some transformers
+    with Largest() as largest:
+        blank = blank_of(network)
+    assert largest.numel < max(p.numel() for p in network.parameters()) / 10
+    assert {name: p.shape for name, p in blank.state_dict().items()} == {
+        name: p.shape for name, p in network.state_dict().items()
+    }
+    assert {tensor.device.type for tensor in (*blank.parameters(), *blank.buffers())} == {"meta"}
+    assert torch.equal(blank.table, network.table)
+    assert all(p.requires_grad for p in blank.parameters())
+    assert next(network.parameters()).device.type == "cpu"
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor made on a real device."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.device.type != "meta":
+            self.numel = max(self.numel, found.numel())
+        return found
 
 
 def test_prompts_must_be_shared_equally():

@@ -11,6 +11,7 @@ import pytest
 
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.rewards import Scorer
+from t2i_align.training import fit
 from t2i_align.training.blocks import load_run
 from t2i_align.training.distributed import ALONE
 from t2i_align.training.plan import make_plan, standing
@@ -44,7 +45,6 @@ def memory(name):
 
 def measure(folder):
     """In a process of its own: the plan of a run, and by how much memory grows once libraries are loaded."""
-    from t2i_align.training import fit
 
     def train(group, where):
         config = load_run(CONFIG, [f"method.group={group}", f"method.batch_size={group}"])
@@ -126,6 +126,22 @@ def test_copies_of_the_weights_are_counted(change, copies):
     plain, more = (make_parts(load_run(config, some), ALONE, toy_pipeline(size=8)) for some in ([], [change]))
     size = sum(p.numel() * p.element_size() for p in plain.method.policy.trainable())
     assert standing(more)[1] - standing(plain)[1] == copies * size
+
+
+def test_the_training_state_is_what_is_held(tmp_path):
+    blocks = {"policy": {"use": "full"}, "reward": "tests.test_plan:Bright"}
+    train = {"steps": 2, "ema": 0.9, "elastic_reset": 8}
+    config = load_run(CONFIG | blocks | {"train": train, "method": {"use": "rwr", "group": 2, "batch_size": 2}})
+    parts = make_parts(config, ALONE, toy_pipeline(size=8))
+    gradients = []
+    for p in parts.method.policy.trainable():
+        p.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.nbytes))
+    state = fit(parts.method, lambda number: parts.pool.draw(0, number, 1), config.train, tmp_path)
+    moments = [m for values in state.optimizer.state.values() for m in values.values() if m.ndim]
+    copies = [state.average, state.elastic.start, state.elastic.average, parts.method.policy.weights.start]
+    held = [*moments, *(tensor for copy in copies for tensor in copy.values())]
+    assert standing(parts)[1] == max(gradients) + sum(tensor.nbytes for tensor in held)
+    assert not parts.method.policy.weights.average
 
 
 def test_the_clip_of_a_value_function_is_counted():

@@ -8,25 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import cpu_offload
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from t2i_align.config import ConfigError
 from t2i_align.methods.grpo import GRPO
 from t2i_align.pipelines.driver import DriverError
-from t2i_align.pipelines.toy import ToyPipeline, toy_pipeline
-from t2i_align.policy import PolicyError
+from t2i_align.pipelines.toy import ToyDenoiser, ToyPipeline, toy_pipeline
+from t2i_align.policy import Policy, PolicyError
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer, scorer_class
 from t2i_align.runs import FolderError
-from t2i_align.training import Ctx, Term, TrainingError
+from t2i_align.training import Ctx, Term, TrainingError, World
 from t2i_align.training.blocks import load_run
+from t2i_align.training.checks import problems
 from t2i_align.training.curves import plot_curves, title_of
 from t2i_align.training.health import Health
 from t2i_align.training.honest import look_of, pairwise_distance
 from t2i_align.training.loop import beside
 from t2i_align.training.prompts import make_pool
-from t2i_align.training.run import train
+from t2i_align.training.run import move_others, train
 from t2i_align.training.trackers import Trackers
 from tests.families import FAMILIES
 from tests.test_methods import make
@@ -367,8 +369,45 @@ def test_all_weights_are_not_trained_in_half_precision(here):
 
 
 def test_latents_that_are_no_numbers_are_told_from_a_wrong_policy():
+    health = Health()
+    health.term(Ctx(0, 0, torch.device("cpu")), {"ratio": torch.tensor([1.0, torch.nan])})
     with pytest.raises(TrainingError, match="latents are not finite: use precision=bf16"):
-        Health().term(Ctx(0, 0, torch.device("cpu")), {"ratio": torch.tensor([1.0, torch.nan])})
+        health.check_terms()
+
+
+def test_an_offloaded_pipeline_is_refused_before_anything_is_drawn(here):
+    pipe = FAMILIES["sd"]().pipe
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+        cpu_offload(network, execution_device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="it is offloaded: open it without offload"):
+        train(CONFIG, pipeline=pipe, out="run")
+    assert not Path("run").exists()
+
+
+def test_an_average_is_written_without_another_copy_of_all_weights(here, monkeypatch):
+    monkeypatch.setattr(Policy, "update_average", None)
+    run(changes={"train.ema": 0.5})
+    assert json.loads(Path("run/model/policy.json").read_text())["averaged"]
+    written = ToyDenoiser.from_pretrained("run/model", subfolder="denoiser").shift
+    saved = torch.load("run/checkpoints/step-00000006.pt", weights_only=True)
+    ((name, mean),) = saved["average"].items()
+    assert torch.equal(written, mean)
+    assert not torch.equal(written, saved["weights"][name])
+
+
+def test_of_several_processes_none_may_name_its_gpu(here):
+    config = load_run(CONFIG)
+    for device, count, refused in (("cuda:0", 2, True), ("cuda:0", 1, False), ("cuda", 2, False)):
+        asked = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
+        found = " ".join(problems(asked, World(0, count)))
+        assert ("each of 2 processes takes its own, but got cuda:0" in found) == refused
+
+
+def test_a_network_to_be_dealt_out_stays_where_it_is():
+    pipe = FAMILIES["sd"]().pipe
+    move_others(pipe, pipe.unet, torch.device("meta"))
+    places = {name: pipe.components[name].device.type for name in ("unet", "vae", "text_encoder")}
+    assert places == {"unet": "cpu", "vae": "meta", "text_encoder": "meta"}
 
 
 def test_stop_keeps_the_best_honest_weights(here):

@@ -5,19 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i_align.config import TrainConfig
 from t2i_align.keys import generator
 from t2i_align.training import Ctx, Method, Term, TrainingError, fit, learning_rate
 from t2i_align.training.checkpoints import State
 from t2i_align.training.health import Health
-from t2i_align.training.loop import _update
-from t2i_align.training.metrics import Metrics
+from t2i_align.training.loop import Observer, _update
+from t2i_align.training.metrics import Metrics, read
 from t2i_align.training.precision import autocast
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
@@ -270,6 +272,67 @@ def test_each_term_is_backpropagated_before_the_next_is_asked_for(tmp_path):
     assert gradients[1] > 0
 
 
+def test_no_gradients_are_kept_between_updates(tmp_path):
+    method, seen = Regression(), []
+
+    class Looking(Observer):
+        def look(self, state):
+            seen.append([p.grad for p in method.parameters()])
+            return False
+
+    fit(method, rows, settings(steps=3), tmp_path, observer=Looking())
+    assert seen == [[None, None]] * 4
+
+
+def test_numbers_of_all_terms_are_read_at_once(tmp_path):
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    class Many(Regression):
+        terms = 1
+
+        def losses(self, ctx, batch):
+            for _ in range(self.terms):
+                loss = (self.linear(batch[0]) - batch[1]).square().mean()
+                yield Term(loss, {"ratio": torch.ones(3), "log_ratio": torch.zeros(3), "loss_of_term": loss})
+
+    counts = []
+    for terms in (1, 7):
+        method, config = Many(), settings(steps=1)
+        method.terms = terms
+        metrics = Metrics(tmp_path / "metrics.jsonl")
+        state, ctx = State(method, config), Ctx(0, 0, torch.device("cpu"))
+        with Reads() as reads:
+            _update(method, rows(0), ctx, config, state, metrics, Health())
+        counts.append(reads.count)
+        assert metrics.counts["loss_of_term"] == terms
+        assert metrics.sums["loss"] == pytest.approx(metrics.sums["loss_of_term"])
+    assert counts[0] == counts[1]
+
+
+def test_numbers_of_several_kinds_are_read_in_their_order():
+    values = [torch.tensor(1.5), torch.tensor([2.0], dtype=torch.float64), torch.tensor(3), torch.tensor(0.1)]
+    assert read(values) == [1.5, 2.0, 3, float(torch.tensor(0.1))]
+    assert read([]) == []
+
+
+def test_a_wrong_ratio_is_found_before_the_update_that_has_it(tmp_path):
+    class Off(Regression):
+        def losses(self, ctx, batch):
+            for term in super().losses(ctx, batch):
+                yield term._replace(stats={"ratio": torch.tensor([1.0, 1.5 if ctx.step == 2 else 1.0])})
+
+    method = Off()
+    with pytest.raises(TrainingError, match="to be 1 before the first update on them but it is off by 0.5"):
+        fit(method, rows, settings(checkpoint_every=2), tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "step-00000002.pt", weights_only=True)
+    assert torch.equal(method.linear.weight, saved["weights"]["linear.weight"])
+
+
 def test_collect_runs_without_gradients_and_feeds_the_losses(tmp_path):
     class Collecting(Regression):
         def collect(self, ctx, rows):
@@ -346,14 +409,63 @@ def test_average_follows_its_formula(tmp_path):
     assert torch.allclose(state.average["linear.weight"], mean, atol=1e-6)
 
 
+def test_averaged_makes_no_copy_of_all_weights_and_survives_failures(tmp_path):
+    class Wide(Method):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+
+    state = State(Wide(), settings())
+    for mean in state.average.values():
+        mean.add_(1)
+    mine, means = ({n: p.detach().clone() for n, p in part.items()} for part in (state.weights, state.average))
+    alive, seen = Alive([*state.weights.values(), *state.average.values()]), []
+
+    def fail():
+        with alive, state.averaged():
+            seen.append((alive.bytes(), all(torch.equal(p, means[name]) for name, p in state.weights.items())))
+            raise KeyError
+
+    pytest.raises(KeyError, fail)
+    assert seen == [(0, True)]
+    assert alive.made  # one weight at a time was copied, and let go
+    assert all(torch.equal(p, mine[name]) for name, p in state.weights.items())
+    assert all(torch.equal(p, means[name]) for name, p in state.average.items())
+    *_, last = state.average
+    kept, state.average[last] = state.average[last], torch.zeros(3)  # fails halfway in
+    with pytest.raises(RuntimeError), state.averaged():
+        pass
+    state.average[last] = kept
+    assert all(torch.equal(p, mine[name]) for name, p in state.weights.items())
+    assert all(torch.equal(p, means[name]) for name, p in state.average.items())
+
+
+class Alive(TorchDispatchMode):
+    """Tensors made besides those that were there, and how many bytes of them are still there."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.there, self.made = {tensor.data_ptr() for tensor in there}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.data_ptr() not in self.there:
+            self.made.append(weakref.ref(found))
+        return found
+
+    def bytes(self):
+        return sum(tensor.nbytes for tensor in (ref() for ref in self.made) if tensor is not None)
+
+
 def test_averaged_swaps_the_weights_and_back(tmp_path):
     method = Regression()
     state = fit(method, rows, settings(), tmp_path)
-    mine = method.linear.weight.detach().clone()
+    mine, mean = method.linear.weight.detach().clone(), state.average["linear.weight"].clone()
     with state.averaged():
-        assert torch.equal(method.linear.weight, state.average["linear.weight"])
+        assert torch.equal(method.linear.weight, mean)
         assert not torch.equal(method.linear.weight, mine)
     assert torch.equal(method.linear.weight, mine)
+    assert torch.equal(state.average["linear.weight"], mean)
 
 
 def test_without_ema_there_is_no_average(tmp_path):
@@ -400,7 +512,8 @@ def test_the_logged_learning_rate_is_the_schedules(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_process_resumes_bit_identically(tmp_path):
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_a_killed_process_resumes_bit_identically(tmp_path, number):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_train; test_train.train_slowly(sys.argv[2], False)"
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
@@ -410,12 +523,18 @@ def test_a_killed_process_resumes_bit_identically(tmp_path):
     try:
         while process.poll() is None and not (folder / "step-00000020.pt").exists():
             time.sleep(0.01)
+        process.send_signal(getattr(signal, number))
+        _, complaint = process.communicate(timeout=60)
     finally:
-        process.kill()  # SIGKILL
-        _, complaint = process.communicate()
-    assert process.returncode == -signal.SIGKILL, complaint.decode()
+        process.kill()
     newest = max(path.name for path in folder.glob("step-*.pt"))
     assert "step-00000020.pt" <= newest < "step-00000150.pt"
+    if number == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL, complaint.decode()
+    else:  # as after Ctrl-C: a checkpoint of the update that it was in, and a word
+        said = f"stopped at update {int(newest[5:13])} of 150; --resume goes on"
+        assert process.returncode == -signal.SIGINT, complaint.decode()
+        assert said in complaint.decode()
 
     train_slowly(tmp_path / "killed", resume=True)
     train_slowly(tmp_path / "whole", resume=False)
@@ -435,10 +554,11 @@ def test_ctrl_c_waits_for_the_update_and_leaves_a_checkpoint(tmp_path, capsys):
             os.kill(os.getpid(), signal.SIGINT)
         return rows(step)
 
-    before = signal.getsignal(signal.SIGINT)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(KeyboardInterrupt):
         fit(Regression(), data, settings(), tmp_path / "a")
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in numbers] == before
     assert checkpoints(tmp_path / "a") == ["step-00000004.pt"]
     assert "stopped at update 4 of 40; --resume goes on" in capsys.readouterr().err
     resumed, unbroken = Regression(), Regression()

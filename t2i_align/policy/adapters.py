@@ -107,9 +107,11 @@ class Adapters:
             )
         put_weights(self.network, target, self.weights(source))
 
-    def write(self, folder: Path, pipe: DiffusionPipeline, note: dict[str, Any], dtype: torch.dtype | None) -> None:
-        """Write the trained or, where `note` says so, the averaged adapter (see `artefacts`); fp32 if dtype is None."""
-        weights = self.weights(self.average if note["averaged"] else self.name)
+    def write(
+        self, folder: Path, pipe: DiffusionPipeline, note: dict[str, Any], averaged: bool, dtype: torch.dtype | None
+    ) -> None:
+        """Write the trained or the averaged adapter (see `artefacts`), in fp32 if dtype is None."""
+        weights = self.weights(self.average if averaged else self.name)
         note = note | {"adapter": self.name}
         write_lora(folder, pipe, self.network, note, self.shape(self.name), weights, dtype or torch.float32)
 

@@ -64,7 +64,9 @@ class FullWeights:
         self.average = self.average or self._copy()
         lerp([self.average[id(p)] for p in self.trainable], self.trainable, 1 - decay)
 
-    def write(self, folder: Path, pipe: DiffusionPipeline, note: dict[str, Any], dtype: torch.dtype | None) -> None:
+    def write(
+        self, folder: Path, pipe: DiffusionPipeline, note: dict[str, Any], averaged: bool, dtype: torch.dtype | None
+    ) -> None:
         """Write a pipeline folder with the weights that are in force. Raises PolicyError for a dtype."""
         if dtype is not None:
             raise PolicyError("Expected no dtype= for full weights: choose it where the folder is opened.")

@@ -118,6 +118,7 @@ class Policy(nn.Module):
         component: str | None = None,
         gradient_checkpointing: bool = False,
         shard: bool = False,
+        device: torch.device | None = None,
     ) -> Policy:
         """Train all weights of a network, in its own number type.
 
@@ -130,6 +131,7 @@ class Policy(nn.Module):
             component: which of its networks; its denoiser if None.
             gradient_checkpointing: see `Policy`.
             shard: deal the weights out over the processes (`ShardedWeights`).
+            device: of weights in shards, where the network lies elsewhere, such as in main memory for want of room.
 
         Raises:
             PolicyError: a network that cannot be trained so (quantised, or with LoRA in it), or shards of one process.
@@ -141,7 +143,7 @@ class Policy(nn.Module):
                 f"{', '.join(adapter_names(network))}: fuse it into the weights, or unload it."
             )
         if shard:
-            return cls(pipe, component, ShardedWeights(pipe, component), gradient_checkpointing)
+            return cls(pipe, component, ShardedWeights(pipe, component, device), gradient_checkpointing)
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         return cls(pipe, component, FullWeights(network, networks), gradient_checkpointing)
 
@@ -249,7 +251,13 @@ class Policy(nn.Module):
         lora = self.adapters
         lora.copy(lora.known(source), lora.known(target))
 
-    def save(self, folder: str | Path, averaged: bool = False, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        averaged: bool = False,
+        dtype: torch.dtype | None = None,
+        holds_average: bool = False,
+    ) -> None:
         """Write the trained weights so that stock software opens them (see `artefacts`), with a card.
 
         Of weights in shards all processes must call it; the first one writes.
@@ -258,6 +266,7 @@ class Policy(nn.Module):
             folder: new, empty, or written by this before, in which case it is replaced.
             averaged: the average in the place of the weights.
             dtype: of a LoRA's weights; fp32 if None. Full weights are written as they are.
+            holds_average: the weights themselves are an average, which a training loop has put there; for the note.
 
         Raises:
             PolicyError: the folder holds other files, there is no average, or dtype is given for full weights.
@@ -268,6 +277,6 @@ class Policy(nn.Module):
             network = self.weights.blank
             if not self.weights.gather(averaged):
                 return
-        note = describe(self.pipe, self.component, network, self.weights.kind, averaged)
+        note = describe(self.pipe, self.component, network, self.weights.kind, averaged or holds_average)
         with new_folder(Path(folder)) as new, self.averaged() if averaged else nullcontext():
-            self.weights.write(new, self.pipe, note, dtype)
+            self.weights.write(new, self.pipe, note, averaged, dtype)

@@ -29,6 +29,7 @@ class ShardedWeights:
     Args:
         pipe: the pipeline.
         component: name of the network, which becomes FSDP2's.
+        device: where it is trained, by a block at a time from where it lies, which may be main memory; None: there.
 
     Raises:
         PolicyError: there is one process alone, or weights that are no floating-point numbers (a quantised base).
@@ -36,7 +37,7 @@ class ShardedWeights:
 
     kind = "full"
 
-    def __init__(self, pipe: DiffusionPipeline, component: str) -> None:
+    def __init__(self, pipe: DiffusionPipeline, component: str, device: torch.device | None = None) -> None:
         if not distributed.is_initialized() or distributed.get_world_size() < 2:
             raise PolicyError(
                 "Expected several processes, over which the weights are dealt out, but there is one: start them by "
@@ -49,10 +50,9 @@ class ShardedWeights:
                 f"Expected a {type(self.network).__name__} with floating-point weights, since all are trained."
             )
         self.network.requires_grad_(True)
-        place = next(self.network.parameters()).device
-        self.mesh = init_device_mesh(place.type, (distributed.get_world_size(),))
-        self.device = place
-        self.blank = copy.deepcopy(self.network).to("meta")  # the network's shape, for others like it
+        self.device = next(self.network.parameters()).device if device is None else device
+        self.mesh = init_device_mesh(self.device.type, (distributed.get_world_size(),))
+        self.blank = blank_of(self.network)  # for others like it
         shard(self.network, self.mesh)
         self.trainable: list[nn.Parameter] = list(self.network.parameters())
         self.start = self._twin()
@@ -88,7 +88,9 @@ class ShardedWeights:
                 self.gathered[name] = values
         return first
 
-    def write(self, folder: Path, pipe: DiffusionPipeline, note: dict[str, Any], dtype: torch.dtype | None) -> None:
+    def write(
+        self, folder: Path, pipe: DiffusionPipeline, note: dict[str, Any], averaged: bool, dtype: torch.dtype | None
+    ) -> None:
         """Write a pipeline folder with the weights that `gather` collected. Raises PolicyError for a dtype."""
         if dtype is not None:
             raise PolicyError("Expected no dtype= for full weights: choose it where the folder is opened.")
@@ -106,6 +108,15 @@ class ShardedWeights:
         twin.to_empty(device=self.device)
         copy_shards(self.network, twin)
         return twin
+
+
+def blank_of(network: nn.Module) -> nn.Module:
+    """A copy of a network whose weights and buffers take no memory, on no device even while it is made."""
+    known: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in network.parameters()
+    }
+    known |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
+    return copy.deepcopy(network, known)  # what is known it does not copy
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:

@@ -20,7 +20,7 @@ from t2i_align.runs import append_jsonl, read_jsonl
 from t2i_align.scorer_training.blocks import ScorerRun
 from t2i_align.scorer_training.data import Examples, Pictures
 from t2i_align.scorer_training.method import ScorerTraining
-from t2i_align.training.checkpoints import BEST, State, write_checkpoint
+from t2i_align.training.checkpoints import State, write_best
 from t2i_align.training.loop import Observer
 from t2i_align.training.metrics import forget_after
 
@@ -130,8 +130,7 @@ class HeldOut(Observer):
             row = {"step": state.step, **measure(values, std, self.examples, self.config.comparing)}
             row["seconds"] = round(time.perf_counter() - started, 2)
             if self.config.evaluate.keep == "best" and self.best_of([*self.rows, row]) is row:
-                write_checkpoint(self.folder, state)  # a run must not resume from before its best weights
-                state.save(self.folder / "checkpoints" / BEST)
+                write_best(self.folder, state)
             append_jsonl(path, [row])
             self.rows.append(row)
         return False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.config import TrainConfig
-from t2i_align.shards import dealt, is_shard, own, whole
+from t2i_align.shards import dealt, is_shard, own, to_write
 from t2i_align.training.elastic import ElasticReset
 from t2i_align.training.method import Method, TrainingError
 
@@ -55,6 +55,7 @@ class State:
         if config.elastic_reset:
             self.elastic = ElasticReset(self.weights, config.elastic_reset, config.elastic_decay)
         self.step, self.seconds = 0, 0.0
+        self.written: Path | None = None  # the last checkpoint
 
     @property
     def sharded(self) -> bool:
@@ -74,9 +75,9 @@ class State:
         content = {
             "step": self.step,
             "seconds": self.seconds,
-            "weights": {name: whole(p.detach()) for name, p in self.weights.items()},
-            "average": self.average and {name: whole(mean) for name, mean in self.average.items()},
-            "optimizer": self._moments(),
+            "weights": {name: to_write(p.detach(), write) for name, p in self.weights.items()},
+            "average": self.average and {name: to_write(mean, write) for name, mean in self.average.items()},
+            "optimizer": self._moments(write),
             "scaler": self.scaler.state_dict(),
             "elastic": None if self.elastic is None else self.elastic.state(),
             "method": self.method.state(),
@@ -115,11 +116,11 @@ class State:
         self.method.restore(content["method"])
         self.step, self.seconds = content["step"], content["seconds"]
 
-    def _moments(self) -> dict[str, Any]:
-        """The optimiser's state, whole."""
+    def _moments(self, write: bool) -> dict[str, Any]:
+        """The optimiser's state, as `to_write` makes it."""
         state = self.optimizer.state_dict()
         moments = {
-            index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+            index: {n: to_write(value, write) if isinstance(value, Tensor) else value for n, value in values.items()}
             for index, values in state["state"].items()
         }
         return state | {"state": moments}
@@ -178,16 +179,21 @@ class State:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the averaged weights, if the run keeps any, into the method for the length of the block."""
-        if self.average is None:
-            yield
-            return
-        mine = {name: p.detach().clone() for name, p in self.weights.items()}
+        """Put the averaged weights, if the run keeps any, into the method for the length of the block.
+
+        They change places, so that no further copy is made: `average` has the trained weights meanwhile.
+        """
+        means = self.average or {}
+        pairs: list[tuple[Tensor, Tensor]] = [(self.weights[name], mean) for name, mean in means.items()]
+        done: list[tuple[Tensor, Tensor]] = []
         try:
-            assign(self.weights, self.average)
+            for pair in pairs:
+                exchange(*pair)
+                done.append(pair)
             yield
         finally:
-            assign(self.weights, mine)
+            for pair in done:
+                exchange(*pair)
 
 
 def make_optimizer(weights: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -244,22 +250,59 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}.pt"
 
 
+def write_checkpoint(folder: Path, state: State, write: bool = True) -> None:
+    """Write the checkpoint of a step, then delete the oldest beyond the number to keep; `write`: see `State.save`.
+
+    What was written of this step before is not written again.
+    """
+    path = checkpoint_path(folder, state.step)
+    if state.written == path:
+        return
+    state.save(path, write)
+    state.written = path
+    for old in checkpoints(folder)[: -state.config.keep] if write else ():
+        old.unlink()
+
+
+def write_best(folder: Path, state: State, write: bool = True) -> None:
+    """Write the checkpoint of a step and keep it as `best.pt`; `write`: see `State.save`.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    write_checkpoint(folder, state, write)  # a run must not resume from before its best weights
+    if write:
+        _name_best(checkpoint_path(folder, state.step))
+
+
 def keep_as_best(folder: Path, step: int) -> bool:
     """Make `best.pt` of the checkpoint of a step; False where that is gone."""
-    source, best = checkpoint_path(folder, step), folder / "checkpoints" / BEST
-    if step_of(source) != step:
+    path = checkpoint_path(folder, step)
+    if step_of(path) != step:
         return False
-    temporary = best.with_suffix(".tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(best)
+    _name_best(path)
     return True
 
 
-def write_checkpoint(folder: Path, state: State, write: bool = True) -> None:
-    """Write the checkpoint of a step, then delete the oldest beyond the number to keep; `write`: see `State.save`."""
-    state.save(checkpoint_path(folder, state.step), write)
-    for old in checkpoints(folder)[: -state.config.keep] if write else ():
-        old.unlink()
+def _name_best(path: Path) -> None:
+    """Give a checkpoint a second name, `best.pt`, which it keeps when the first is deleted."""
+    best = path.with_name(BEST)
+    temporary = best.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, temporary)
+    temporary.replace(best)
+    temporary.unlink(missing_ok=True)  # where both are one file already, replacing does nothing
+
+
+def exchange(one: Tensor, other: Tensor) -> None:
+    """Swap the values of two tensors alike; of those in shards each process its part."""
+    a, b = own(one), own(other)
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
 
 
 def assign(weights: dict[str, Any], values: dict[str, Tensor]) -> None:

@@ -265,6 +265,9 @@ def _sizes(config: RunConfig, world: World) -> Iterator[str]:
     """Rounds, groups, batches, minibatches and processes that do not fit together."""
     method, s = read_method(config.method)
     count, per_round, size = world.count, config.prompts.per_round, method.dealt(s)
+    if count > 1 and config.model.device.startswith("cuda:"):
+        named = config.model.device
+        yield f"model.device: expected cuda, of which each of {count} processes takes its own, but got {named}"
     if per_round % count:
         yield f"prompts.per_round: expected a multiple of the {count} processes but got {per_round}"
         return

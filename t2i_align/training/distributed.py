@@ -7,6 +7,7 @@ positions, so that a run on several processes is the run on one, but for roundin
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,14 +37,26 @@ class World:
     def join(cls) -> World:
         """The world that `RANK`, `WORLD_SIZE` and `LOCAL_RANK` name; without them this process is alone.
 
-        Small tensors of rewards go through gloo wherever the networks are; gradients on GPUs through NCCL.
+        Small tensors of rewards go through gloo wherever the networks are; gradients on GPUs through NCCL. The GPU of
+        this process becomes the current one, on which FSDP2 and bitsandbytes put weights.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         rank, count, local = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+        gpus = torch.cuda.device_count() if count > 1 and torch.cuda.is_available() else 0
+        if local < gpus:
+            torch.cuda.set_device(local)
         if count > 1 and not distributed.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            distributed.init_process_group(backend, timeout=PATIENCE)
+            # Where processes outnumber GPUs they are on the CPU, and NCCL must not connect.
+            mine = torch.device("cuda", local) if int(os.environ.get("LOCAL_WORLD_SIZE", count)) <= gpus else None
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            distributed.init_process_group(backend, timeout=PATIENCE, device_id=mine)
         return cls(rank, count, local)
+
+    def leave_at_exit(self) -> None:
+        """Let the processes part once this one ends; for runs that ended well, since NCCL waits for all to do it."""
+        if self.count > 1:
+            atexit.unregister(_leave)
+            atexit.register(_leave)
 
     @property
     def first(self) -> bool:
@@ -106,6 +119,16 @@ class World:
         for p, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
             p.grad = part.view_as(p).to(p)
 
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors of one number type, in place, the values that they have in the first process."""
+        if self.count == 1:
+            return
+        places = [tensor.detach() for tensor in tensors]
+        flat = torch.cat([place.flatten() for place in places])
+        distributed.broadcast(flat, src=0)
+        for place, part in zip(places, flat.split([place.numel() for place in places]), strict=True):
+            place.copy_(part.view_as(place))
+
     def once(self, action: Callable[[], T], together: bool = False) -> T:
         """Do something in the first process while the others wait; its picklable result, or its refusal, in all.
 
@@ -131,6 +154,11 @@ class World:
         if said[1] is not None:
             raise T2IError(said[1])
         return said[0]
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 ALONE = World()

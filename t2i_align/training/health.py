@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from t2i_align.training.method import Ctx, TrainingError
+from t2i_align.training.metrics import read
 
 RATIO = 1e-3  # largest difference from 1 of a ratio of per-dimension probabilities before the first update
 ROUNDING = 1e-6  # what fp32 makes of equal log-probs in batches of other samples, a few 1e-7
+RIGHT = {"ratio": 1.0, "log_ratio": 0.0}  # what such statistics are then
 CONSTANT = 5  # rounds without any difference between rewards
 INVALID = 0.5  # share of a round's rewards that may be no numbers
 
@@ -27,32 +29,38 @@ class Health:
     def __init__(self, clip: float | None = None) -> None:
         self.constant = 0  # rounds in a row
         self.allowed = RATIO if clip is None else min(RATIO, max(clip / 2, ROUNDING))
+        self.off: list[tuple[str, Tensor]] = []  # how far ratios of an update's terms are from what they should be
 
     def term(self, ctx: Ctx, stats: Mapping[str, Tensor | float]) -> None:
-        """Look at a loss term.
+        """Look at a loss term; `check_terms` says what was seen."""
+        if ctx.update:
+            return
+        for name in (name for name in RIGHT if name in stats):
+            values = torch.as_tensor(stats[name]).detach().float()
+            if values.numel():
+                self.off.append((name, (values - RIGHT[name]).abs().max()))
+
+    def check_terms(self) -> None:
+        """Look at all loss terms of an update, before it is made.
 
         Raises:
             TrainingError: before the first update on a batch, the policy is not the one that drew the batch.
         """
-        if ctx.update:
-            return
-        for name, right in (("ratio", 1.0), ("log_ratio", 0.0)):
-            if name not in stats:
-                continue
-            values = torch.as_tensor(stats[name]).detach().float()
-            if not values.isfinite().all():
+        names, found = [name for name, _ in self.off], read([off for _, off in self.off])
+        self.off = []
+        for name, off in zip(names, found, strict=True):
+            if not math.isfinite(off):
                 raise TrainingError(
                     f"The {name} of the policy to the one that drew the images is no number before the first update on "
                     "them, so latents are not finite: use precision=bf16 or fp32 where it was fp16, or a lower "
                     "learning rate; the last checkpoint is kept."
                 )
-            off = float((values - right).abs().max()) if values.numel() else 0.0
-            if not off <= self.allowed:
+            if off > self.allowed:
                 raise TrainingError(
-                    f"Expected the {name} of the policy to the one that drew the images to be {right:g} before the "
-                    f"first update on them, to {self.allowed:.3g}, but it is off by {off:.3g}: drawing and training "
-                    "are not the same function; look for dropout, a network in another mode, or layers whose result "
-                    "depends on the batch."
+                    f"Expected the {name} of the policy to the one that drew the images to be {RIGHT[name]:g} before "
+                    f"the first update on them, to {self.allowed:.3g}, but it is off by {off:.3g}: drawing and "
+                    "training are not the same function; look for dropout, a network in another mode, or layers whose "
+                    "result depends on the batch."
                 )
 
     def round(self, step: int, report: Mapping[str, float]) -> None:

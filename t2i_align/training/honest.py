@@ -23,7 +23,7 @@ from t2i_align.rewards.features import Extract, extract_features
 from t2i_align.rewards.sets import vendi
 from t2i_align.runs import append_jsonl, read_jsonl
 from t2i_align.training.blocks import TRAINED, BudgetBlock, RunConfig
-from t2i_align.training.checkpoints import BEST, State, keep_as_best, step_of, write_checkpoint
+from t2i_align.training.checkpoints import BEST, State, keep_as_best, step_of, write_best
 from t2i_align.training.curves import plot_curves
 from t2i_align.training.distributed import World
 from t2i_align.training.loop import Observer
@@ -203,8 +203,7 @@ class Honest(Observer):
         row["seconds"] = round(time.perf_counter() - started, 2)
         self._keep_pictures(images, state.step, is_base)
         if self._best_of([*self.rows, row]) is row:
-            write_checkpoint(self.folder, state, self.world.first)  # a run must not resume from before its best weights
-            state.save(self.folder / "checkpoints" / BEST, self.world.first)
+            write_best(self.folder, state, self.world.first)
         if not self.world.first:
             return row
         append_jsonl(self.folder / EVALUATIONS, [row])

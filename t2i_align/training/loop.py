@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2i_align.config import TrainConfig
 from t2i_align.keys import key
@@ -27,7 +27,7 @@ from t2i_align.training.checkpoints import State, checkpoints, write_checkpoint
 from t2i_align.training.distributed import ALONE, World
 from t2i_align.training.health import Health
 from t2i_align.training.method import Ctx, Method, TrainingError
-from t2i_align.training.metrics import Metrics
+from t2i_align.training.metrics import Metrics, read
 from t2i_align.training.precision import autocast
 
 SHOWN = ("reward", "kl", "clipped", "invalid", "images_per_second", "loss")  # beside the progress bar
@@ -179,22 +179,26 @@ def _open(state: State, folder: Path, resume: bool, world: World) -> None:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[list[int]]:
-    """Let Ctrl-C wait for the end of a round: it fills the list instead; a second one stops at once."""
+    """Let Ctrl-C, and the SIGTERM of a cluster, wait for the end of a round: they fill the list instead.
+
+    A second Ctrl-C stops at once. A second SIGTERM does not: launchers pass on the one that their processes had too.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def receive(number: int, frame: Any) -> None:
-        if received:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = signal.signal(signal.SIGINT, receive)
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
 
 
 def _collect(method: Method, data: Callable[[int], Any], ctx: Ctx, config: TrainConfig) -> Any:
@@ -210,15 +214,19 @@ def _update(
     """One optimiser update: backpropagate each term, sum over processes, clip, step, average."""
     torch.manual_seed(key(config.seed, "update", state.step))  # for the random numbers of layers such as dropout
     state.optimizer.zero_grad()  # an update that was cut short may have left gradients
-    total, count, scaler = 0.0, 0, state.scaler
+    losses, scaler = list[Tensor](), state.scaler
     with autocast(ctx.device, config):
         for term in method.losses(ctx, batch):
             health.term(ctx, term.stats)
             scaler.scale(term.loss).backward()
             method.check_term()
-            total, count = total + float(term.loss.detach()), count + 1
+            losses.append(term.loss.detach())
             metrics.add(term.stats)
-    total, terms = ctx.world.total(total), ctx.world.total(count)
+    health.check_terms()  # numbers are read once per update, since each reading waits for the device
+    total = 0.0
+    for loss in read(losses):
+        total += loss
+    total, terms = ctx.world.total(total), ctx.world.total(len(losses))
     if terms:  # else there is nothing to learn from in any process
         ctx.world.sum_gradients(state.weights.values())
         scaler.scale(torch.zeros((), device=ctx.device))  # it has no scale yet where this process had no term
@@ -231,6 +239,7 @@ def _update(
     if terms:
         scaler.step(state.optimizer)
         scaler.update()
+    state.optimizer.zero_grad()  # rounds, evaluations and checkpoints need the room
     if config.ema:
         state.update_average(config.ema)
     if state.elastic is not None:
@@ -238,3 +247,4 @@ def _update(
         if state.elastic.due(state.step + 1, method.updates):
             state.elastic.reset(state.optimizer)
     metrics.add({"loss": total, "gradient_norm": norm, "learning_rate": rate})
+    metrics.settle()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from t2i_align.runs import append_jsonl, read_jsonl, write_jsonl
@@ -23,18 +24,26 @@ class Metrics:
         self.path, self.world = path, world
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
+        self.unread: list[tuple[str, Tensor]] = []
 
     def add(self, stats: Mapping[str, Tensor | float]) -> None:
-        """Count statistics in; of a tensor its mean, nothing of an empty one."""
+        """Take statistics, of a tensor its mean, nothing of an empty one; `settle` counts them in."""
         for name, value in stats.items():
-            if isinstance(value, Tensor) and not value.numel():
-                continue
-            number = float(value.detach().float().mean()) if isinstance(value, Tensor) else float(value)
+            found = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            if found.numel():
+                self.unread.append((name, found.float().mean() if isinstance(value, Tensor) else found))
+
+    def settle(self) -> None:
+        """Count in what was added, by one reading for all of it."""
+        numbers = read([value for _, value in self.unread])
+        for (name, _), number in zip(self.unread, numbers, strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
+        self.unread = []
 
     def write(self, step: int, **extra: float) -> dict[str, float]:
         """Write the means since the last row, and forget them."""
+        self.settle()
         everyone = self.world.collect((self.sums, self.counts))
         names = dict.fromkeys(name for sums, _ in everyone for name in sums)
         row: dict[str, float] = {"step": step}
@@ -51,6 +60,17 @@ class Metrics:
         """Drop rows later than `step`, which a resumed run will write again."""
         if self.world.first:
             forget_after(self.path, step)
+
+
+def read(values: Sequence[Tensor]) -> list[float]:
+    """The numbers of tensors of one element each, of a kind all at once: every reading waits for the device."""
+    kinds, found = [(value.device, value.dtype) for value in values], [0.0] * len(values)
+    for kind in dict.fromkeys(kinds):
+        mine = [place for place, other in enumerate(kinds) if other == kind]
+        numbers = torch.stack([values[place].reshape(()) for place in mine]).tolist()
+        for place, number in zip(mine, numbers, strict=True):
+            found[place] = number
+    return found
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -122,6 +122,8 @@ def standing(parts: Parts) -> tuple[int, int]:
     scorers: list[Scorer] = list(parts.judges.scorers.values())
     networks = [network for scorer in scorers for network in scorer.networks()]
     networks += parts.method.networks()
+    if (exact := parts.method.tools.driver.exact_vae) is not None:  # in fp32, beside the pipeline's
+        networks.append(exact)
     if parts.judges.features is not None:
         networks += networks_of(parts.judges.features)
     every = {id(p): p for p in parameters(parts.pipe)}

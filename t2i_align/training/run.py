@@ -149,6 +149,7 @@ def train(
         trackers.close()
     kept = watcher.best or watcher.rows[-1]
     world.once(lambda: write_result(parts, state, watcher, kept), state.sharded)
+    world.leave_at_exit()
     step = state.step if watcher.best is None else kept["step"]
     return Trained(folder, state.step, kept, watcher.note(state.step), step)
 
@@ -187,6 +188,8 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     """
     if pipeline is None and config.model.use is None:
         raise ConfigError("Expected model.use to name a pipeline but got null: open one and call train(pipeline=...).")
+    if pipeline is not None and not Driver(pipeline).stays:
+        raise ConfigError("Expected a pipeline that stays on its device but it is offloaded: open it without offload.")
     device = resolve_device(config.model.device) if pipeline is None else pipeline.device
     if pipeline is None and device.type == "cuda" and device.index is None and world.count > 1:
         device = resolve_device(f"cuda:{world.local}")
@@ -200,14 +203,18 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     if config.policy.use == "full":  # steps of the optimiser would be lost in the rounding of half precision
         options["dtype"] = "fp32"
     base = pipeline or model.use
-    pipe = pipeline or load_pipeline(str(model.use), device=device, channels_last=layout, **options)
+    options |= {"device": device, "channels_last": layout}
+    # A network to be dealt out stays in main memory until it is: whole, it may not fit onto the device.
+    pipe = pipeline or load_pipeline(str(model.use), in_memory=config.policy.shard, **options)
     call = call_keywords(base, None, model.guidance, **model.call)
     call.pop("num_inference_steps", None)  # the method's own
     evaluation_call = call_keywords(base, e.steps, e.guidance, **model.call)
     check_call(pipe, call)
     check_call(pipe, evaluation_call)
     found, settings = read_method(config.method)
-    policy = make_policy(config.policy, pipe, config.train.seed)
+    policy = make_policy(config.policy, pipe, config.train.seed, device)
+    if pipeline is None and config.policy.shard:
+        move_others(pipe, policy.network, device)
     method = found(settings, policy, Tools(Driver(pipe, **call), judges.reward, call))
     for kernel in kernels_of(settings).values():  # the checks do not know a pipeline that was not on this disk
         method.tools.driver.check_kernel(kernel, settings.steps, **call)
@@ -225,10 +232,14 @@ def make_judges(config: RunConfig, device: torch.device) -> Judges:
     return Judges(reward, watch, features)
 
 
-def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int) -> Policy:
-    """The trained weights in the pipeline. Raises PolicyError for all weights of a network in half precision."""
+def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int, device: torch.device | None = None) -> Policy:
+    """The trained weights in the pipeline, those in shards on a device.
+
+    Raises:
+        PolicyError: all weights of a network are to be trained, in half precision.
+    """
     if block.use == "full":
-        made = Policy.full(pipe, block.component, block.gradient_checkpointing, block.shard)
+        made = Policy.full(pipe, block.component, block.gradient_checkpointing, block.shard, device)
         half = sorted({str(p.dtype) for p in made.trainable() if p.dtype in (torch.float16, torch.bfloat16)})
         if half:
             raise PolicyError(
@@ -248,17 +259,21 @@ def make_policy(block: PolicyBlock, pipe: DiffusionPipeline, seed: int) -> Polic
     )
 
 
+def move_others(pipe: DiffusionPipeline, network: torch.nn.Module, device: torch.device) -> None:
+    """Move all networks of a pipeline but one."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and part is not network:
+            part.to(device)
+
+
 def write_result(parts: Parts, state: State, watcher: Honest, kept: dict[str, Any]) -> None:
     """Write the trained weights, averaged where the run averages, and the card; with `stop`, of the best evaluation."""
     folder, policy = watcher.folder, parts.method.policy
     if watcher.best is not None and watcher.best["step"] != state.step:
         state.load_weights(folder / "checkpoints" / BEST, watcher.best["step"])
     result = folder / (LORA if policy.weights.kind == "lora" else MODEL)
-    if state.average is not None:
-        with state.averaged():
-            policy.update_average(0.0)  # all of it
-    policy.save(result, averaged=state.average is not None)
     with state.averaged():
+        policy.save(result, holds_average=state.average is not None)
         if watcher.world.first:
             parts.method.save(folder)
     if watcher.world.first:

@@ -192,6 +192,9 @@ class Learned(Critic):
                 self.optimizer.step()
                 losses.append(loss.item())
         value.requires_grad_(False)
+        # Gradients on a GPU are the same in all processes but for rounding, which would add up over the lessons.
+        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values() if tensor.ndim]
+        ctx.world.same([*value.parameters(), *moments])
         mean = sum(losses) / max(1, len(losses))
         if not math.isfinite(mean):
             raise TrainingError(
