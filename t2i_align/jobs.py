@@ -182,12 +182,12 @@ def run_generate(
     done = {(row["row"], row["particle"]) for row in rows}
     table = Prompts(job.prompts)
     jobs = [(row, p) for row in range(len(table)) for p in range(job.particles) if (row, p) not in done]
-    options = {"seed": job.seed, "batch_size": batch_size} | call
+    options = {"seed": job.seed, "batch_size": batch_size}
     if kernel is None:
-        samples = generate_samples(pipe, table, jobs, **options)
+        samples = generate_samples(pipe, table, jobs, **options, **call)
     else:
-        options |= {"steps": options.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
-        samples = kernel_samples(Driver(pipe), table, jobs, **options)
+        options |= {"steps": call.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
+        samples = kernel_samples(Driver(pipe, **call), table, jobs, **options)
     with Progress(len(table) * job.particles, "generating", start=len(done)) as progress:
         for sample in samples:
             name = image_name(sample.row, sample.particle)

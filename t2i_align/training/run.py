@@ -194,7 +194,7 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     check_call(pipe, evaluation_call)
     found, settings = read_method(config.method)
     policy = make_policy(config.policy, pipe, config.train.seed)
-    method = found(settings, policy, Tools(Driver(pipe), judges.reward, call))
+    method = found(settings, policy, Tools(Driver(pipe, **call), judges.reward, call))
     return Parts(config, pipe, method, judges, pool, held_out, evaluation_call, device)
 
 
