@@ -83,7 +83,10 @@ class Consistent(Composite):
 
 
 def discount(loss: Tensor, uncertainty: Tensor, weight: float = 1.0) -> Tensor:
-    """Ctrl-U's rectified loss `loss * exp(-U) + weight * U`, elementwise, with gradients through U as in its code."""
+    """Ctrl-U's rectified loss `loss * exp(-U) + weight * U`, elementwise, with gradients through U as in its code.
+
+    For losses of 0 or more, 0 at best: it falls as U grows where `loss` > `weight` exp(U).
+    """
     return loss * torch.exp(-uncertainty) + weight * uncertainty
 
 

@@ -22,6 +22,7 @@ from t2i_align.progress import Progress
 from t2i_align.prompts import Prompts
 from t2i_align.report import write_report
 from t2i_align.rewards import Scorer, check_reward, load_reward, split_rewards
+from t2i_align.runs import folder_problems
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -89,7 +90,7 @@ def evaluate(
     Args:
         pipeline: what `load_pipeline` takes; an object is left as it was.
         prompts: one text or many.
-        rewards: scorers: names, expressions, or what else `load_reward` takes.
+        rewards: scorers of different names: names, expressions, or what else `load_reward` takes.
         lora: what a training run wrote (its `lora` folder), or any LoRA that the pipeline opens.
         images: per prompt.
         seed: of the noise, which is the same in both arms.
@@ -105,6 +106,8 @@ def evaluate(
     """
     from t2i_align.devices import resolve_device
 
+    if html is not None:
+        check_page(Path(html))
     specs = split_rewards(rewards) if isinstance(rewards, str) else list(rewards)
     if not specs:
         raise T2IError("Expected one or more rewards but got none.")
@@ -121,6 +124,12 @@ def evaluate(
     if not len(table):
         raise T2IError("Expected one or more prompts but got none.")
     scorers = [load_reward(spec, place, base=pipeline if isinstance(pipeline, str) else None) for spec in specs]
+    names = [scorer.name for scorer in scorers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise T2IError(
+            f"Expected scorers of different names but got {', '.join(twice)} twice: name one of them, as in "
+            "FunctionScorer(function, 'name')."
+        )
     check_prompts(scorers, table)
     opened = isinstance(pipeline, (str, Path))
     pipe = load_pipeline(pipeline, device=place) if opened else load_pipeline(pipeline)
@@ -194,6 +203,14 @@ def interval(values: Tensor) -> Interval:
         return Interval(mean, math.nan, math.nan)
     half = float(student.ppf((1 + LEVEL) / 2, n - 1)) * float(known.std()) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
+
+
+def check_page(path: Path) -> None:
+    """Raise T2IError for a page that cannot be written."""
+    if path.is_dir():
+        raise T2IError(f"Expected html to be a file to write but {path} is a folder: name a file in it.")
+    for said in folder_problems(path.parent, "html"):
+        raise T2IError(f"{said}.")
 
 
 def write_page(path: Path, result: Evaluation) -> None:

@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from t2i_align.config import Settings, load_config
@@ -116,6 +117,19 @@ def _has_our_environment(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(written, dict) and "t2i_align" in written
+
+
+def folder_problems(folder: Path, name: str = "out") -> Iterator[str]:
+    """Why a folder cannot be written, if it cannot; `name`: of the setting that names it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield f"{name}: expected a folder but {there} is a file"
+        return
+    try:
+        with TemporaryFile(dir=there):  # permissions alone say nothing of a disk that cannot be written, or to root
+            pass
+    except OSError as error:
+        yield f"{name}: the folder {there} cannot be written ({error.strerror})"
 
 
 def _read_ours(folder: Path, kind: type[T]) -> T | None:

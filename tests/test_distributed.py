@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +46,16 @@ METHODS = {
     "kto": {"use": "diffusion_dpo", "loss": "kto", "online": True, "beta": 5.0, "times": "grid", "sft": 0.1},
     "nft": {"use": "nft", "slope": 0.2, "minibatches": 2},
     "rwr": {"use": "rwr", "levels": 2, "times": "grid", "images": "base", "solver": "ode"},
+}
+LAUNCHED = {
+    "model": {"use": "base", "guidance": 1.0},
+    "policy": {"use": "lora", "rank": 2},
+    "method": {"use": "grpo", "group": 2, "steps": 2, "batch_size": 2, "trained_rows": 1.0},
+    "reward": "jpeg_compressibility",
+    "prompts": {"size": 8, "per_round": 2},
+    "train": {"steps": 2, "learning_rate": 0.001, "log_every": 1, "checkpoint_every": 2},
+    "evaluate": {"every": 2, "prompts": {"size": 1, "split": "heldout"}, "images": 1, "steps": 1, "kl_images": 1},
+    "log": {"tensorboard": False},
 }
 SHARDABLE = [name for name, block in METHODS.items() if method_class(block["use"]).shardable]
 ROUND = ["0", "0.5", "1", "1.5"]
@@ -442,3 +454,29 @@ def test_prompts_must_be_shared_equally():
     assert World(1, 2).share(6) == slice(3, 6)
     with pytest.raises(T2IError, match="2 processes can share equally but got 5"):
         World(0, 2).share(5)
+
+
+def test_accelerate_launch_trains_like_one_process(cli, tmp_path, monkeypatch):
+    """The command as a user types it, on a pipeline from a folder."""
+    from tests.test_scoring_resume import ACCELERATE, launch
+
+    torch.manual_seed(0)
+    FAMILIES["sd"]().pipe.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(yaml.safe_dump(LAUNCHED))
+    code, out, err = cli("train", "run.yaml", "out=one", "--json")
+    assert code == 0, err
+    done = launch(["train", "run.yaml", "out=two", "--json"], tmp_path, *ACCELERATE.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = json.loads(out), json.loads(done.stdout)  # one process speaks
+    assert together["step"] == alone["step"] == 2
+    assert together["kept"]["reward"] == pytest.approx(alone["kept"]["reward"], rel=1e-4)
+    same_numbers(tmp_path / "one", tmp_path / "two")
+    assert len(rows(tmp_path / "two")) == 2
+    one, two = (load_file(f"{name}/lora/pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    moved = [name for name in one if ".lora_B." in name or ".lora.up." in name]
+    assert moved
+    for name in moved:
+        assert one[name].abs().sum() > 0
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-5)

@@ -2,18 +2,21 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 from torch import nn
 
+from t2i_align.cli.tables import print_json
 from t2i_align.errors import T2IError
 from t2i_align.evaluation import compare, evaluate, interval
 from t2i_align.pipelines import call_defaults
 from t2i_align.pipelines.catalog import find_pipeline
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.policy import Policy
+from t2i_align.rewards import FunctionScorer, Scorer
 from tests.families import FAMILIES
 
 PROMPTS = ["0.1", "0.5", "0.9"]
@@ -21,6 +24,16 @@ PROMPTS = ["0.1", "0.5", "0.9"]
 
 def red(images):
     return images[:, 0].mean((1, 2))
+
+
+class InTheWay(Scorer):
+    """Makes a folder where the page was to be."""
+
+    name = "in_the_way"
+
+    def forward(self, images, prompts):
+        Path("page.html").mkdir()
+        return red(images)
 
 
 @pytest.fixture
@@ -126,6 +139,10 @@ def test_a_lora_is_measured_on_the_same_noise_and_taken_off_again(sd, tmp_path):
         ({"rewards": "verifer"}, "Did you mean 'verifier'"),
         ({"rewards": "verifier", "lora": "nowhere"}, "No such LoRA: nowhere"),
         ({"rewards": "verifier", "images": 0}, "1 or more images"),
+        ({"rewards": "verifier,jpeg_compressibility,verifier"}, "different names but got verifier twice"),
+        ({"rewards": [lambda images: images, lambda images: -images]}, "different names but got lambda twice"),
+        ({"rewards": "verifier", "html": "/proc/t2i-align/page.html"}, "html: the folder /proc cannot be written"),
+        ({"rewards": "verifier", "html": "/proc"}, "html to be a file to write but /proc is a folder"),
         ({"rewards": "verifier", "prompts": "a dog"}, "cannot score 'a dog'"),
     ],
 )
@@ -135,13 +152,43 @@ def test_bad_input_is_refused_before_weights_are_loaded(options, said, monkeypat
         evaluate("tiny-sd", **({"prompts": "a red circle"} | options))
 
 
-def test_the_command_refuses_in_one_sentence(cli):
+def test_functions_with_names_of_their_own_are_both_measured():
+    rewards = [FunctionScorer(red, "red"), FunctionScorer(lambda images: -red(images), "not red")]
+    found = evaluate(toy_pipeline(size=8), PROMPTS, rewards, images=1, steps=2)
+    assert list(found.comparisons) == ["red", "not red"]
+    assert found.comparisons["red"].base.mean == -found.comparisons["not red"].base.mean
+
+
+def test_the_command_refuses_in_one_sentence(cli, monkeypatch):
     code, _, err = cli("evaluate", "a red circle", "--rewards", "verifer")
     assert code == 2
     assert "Did you mean 'verifier'" in err
+    monkeypatch.setattr("t2i_align.evaluation.load_pipeline", None)
+    code, _, err = cli("evaluate", "a red circle", "--rewards", "verifier", "--html", "/proc/page.html")
+    assert code == 2
+    assert err == "t2i-align: html: the folder /proc cannot be written (No such file or directory).\n"
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_numbers_are_printed_before_a_page_fails(cli, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    words = ("evaluate", "a red circle", "--rewards", "tests.test_evaluate:InTheWay", "--images", 1, "--steps", 1)
+    code, out, err = cli(*words, "--html", "page.html", *more)
+    assert code == 2
+    assert "in_the_way" in out
+    assert "page.html.tmp: Is a directory" in err
 
 
 def test_the_command_prints_json(cli, tmp_path):
     code, out, _ = cli("evaluate", "a red circle", "--rewards", "verifier", "--images", 2, "--steps", 2, "--json")
     assert code == 0
-    assert json.loads(out)["verifier"]["prompts"] == 1
+    found = json.loads(out, parse_constant=pytest.fail)["verifier"]  # NaN is no JSON
+    assert found["prompts"] == 1
+    assert found["base"]["low"] is found["gain"]["high"] is None  # one prompt has no interval
+
+
+def test_what_json_does_not_know_is_null(capsys):
+    rows = [{"a": math.nan, "b": (math.inf, 1.5, -math.inf)}, {"c": {"d": [math.nan]}, "e": None, "f": "NaN"}]
+    print_json(rows)
+    nothing = [{"a": None, "b": [None, 1.5, None]}, {"c": {"d": [None]}, "e": None, "f": "NaN"}]
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == nothing

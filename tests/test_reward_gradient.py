@@ -244,17 +244,56 @@ class Unsure(Scorer):
 
 def test_doubt_discounts_the_loss():
     """l exp(-U) + U, with one U for all images: gradients count exp(-U)."""
-    pipe = toy_pipeline()
+    pipe, margin = toy_pipeline(), {"loss": "margin", "goal": 9.0}
     found = []
     for discount in (0.0, 2.0):
-        method = make("draft", pipe=pipe, discount=discount)
+        method = make("draft", pipe=pipe, discount=discount, **margin)
         method.tools.scorer = Unsure()
         found.append(gradients(method)[:2])
     (plain,), (doubted,) = found[0][0], found[1][0]
     torch.testing.assert_close(doubted, math.exp(-1.4) * plain)
     assert found[1][1] == pytest.approx(math.exp(-1.4) * found[0][1] + 1.4, rel=1e-4)
     with pytest.raises(TrainingError, match="Expected a reward with a std"):
-        gradients(make("draft", pipe=pipe, discount=2.0))
+        gradients(make("draft", pipe=pipe, discount=2.0, **margin))
+
+
+class Doubting(Scorer):
+    """The toy's reward from another zero; its std is the third number of a latent."""
+
+    name, differentiable = "doubting", True
+
+    def __init__(self, zero):
+        super().__init__()
+        self.zero = zero
+
+    def forward(self, images, prompts):
+        return self.zero + red(images, prompts), 16 * (images[:, 2] - 0.5).mean((1, 2)).relu()
+
+
+@pytest.mark.parametrize("loss", ["margin", "target"])
+def test_doubt_is_not_learned_near_the_goal_wherever_zero_is(loss):
+    """Of -r it would be where r < -exp(U), here with U = 0.5."""
+    found = {}
+    for zero in (0.0, -5.0):
+        for shape in (loss, "linear"):
+            method = make("draft", pipe=toy_pipeline(), discount=1.0, loss=shape, goal=zero + 0.5)
+            method.tools.scorer = Doubting(zero)
+            latents = torch.zeros(2, 3, 1, 1)
+            latents[:, 2] = 0.5
+            found[shape, zero] = method.slope(latents, Prompts.of(["0", "1"]))[1][:, 2]
+    torch.testing.assert_close(found[loss, 0.0], found[loss, -5.0])
+    assert (found[loss, 0.0] > 0).all()
+    assert (found["linear", 0.0] > 0).all()
+    assert (found["linear", -5.0] < 0).all()
+
+
+@pytest.mark.parametrize("use", ["refl", "draft", "alignprop"])
+def test_doubt_wants_a_loss_with_a_goal(use):
+    config = {"method": {"use": use, "discount": 1.0, "loss": "linear"}, "reward": "tiny_pick", "train": {"steps": 1}}
+    with pytest.raises(ConfigError, match=r"method.loss: expected target or margin with discount, .*but got linear"):
+        load_run(config)
+    assert load_run(config, ["method.loss=margin"]).method["discount"] == 1
+    assert load_run(config, ["method.discount=0"]).method["loss"] == "linear"
 
 
 class Doubtful(Unsure):

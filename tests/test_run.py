@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from t2i_align.config import ConfigError
+from t2i_align.keys import generator
 from t2i_align.methods.grpo import GRPO
 from t2i_align.pipelines.driver import DriverError
 from t2i_align.pipelines.toy import ToyDenoiser, ToyPipeline, toy_pipeline
@@ -27,7 +28,7 @@ from t2i_align.training.curves import plot_curves, title_of
 from t2i_align.training.health import Health
 from t2i_align.training.honest import look_of, pairwise_distance
 from t2i_align.training.loop import beside
-from t2i_align.training.prompts import make_pool
+from t2i_align.training.prompts import Pool, make_pool
 from t2i_align.training.run import move_others, train
 from t2i_align.training.trackers import Trackers
 from tests.families import FAMILIES
@@ -637,6 +638,11 @@ def test_prompts_of_a_round_are_keyed_and_differ(here):
     assert len(set(pool.prompts.text)) == 40
     assert pool.draw(0, 3, 4).text == pool.draw(0, 3, 4).text != pool.draw(0, 4, 4).text
     assert len(set(pool.draw(0, 3, 40).text)) == 40
+    # The rows that runs of one source have always drawn.
+    even = torch.full((40,), 1 / 40, dtype=torch.float64)
+    for size in (1, 4, 40):
+        rows = torch.multinomial(even, size, replacement=False, generator=generator(0, "prompts", 3))
+        assert pool.draw(0, 3, size).text == pool.prompts[rows.tolist()].text
 
 
 def test_train_and_held_out_captions_are_different(here):
@@ -653,6 +659,27 @@ def test_mixtures_are_drawn_by_weight(here):
     drawn = [pool.draw(0, number, 1).text[0] for number in range(800)]
     assert sum(text in "ab" for text in drawn) / 800 == pytest.approx(0.75, abs=0.05)
     assert not pool.prompts.columns  # the second part has none
+    for number in range(20):  # two prompts three times each, and two different ones of the nine
+        drawn = pool.draw(0, number, 8).text
+        assert drawn == pool.draw(0, number, 8).text
+        assert (drawn.count("a"), drawn.count("b"), len(set(drawn))) == (3, 3, 4)
+    assert len({pool.draw(0, number, 8).text[0] in "ab" for number in range(20)}) == 2  # in any order
+
+
+@pytest.mark.parametrize(("weights", "size"), [((3, 1), 64), ((3, 1), 10), ((0.3, 0.3, 0.1), 9), ((1, 1, 5), 2)])
+def test_every_source_of_a_mixture_has_its_share_of_a_round(weights, size):
+    sizes = (100, 40, 70)[: len(weights)]
+    names = [f"{source}-{row}" for source, length in enumerate(sizes) for row in range(length)]
+    pool, counts = Pool(Prompts(tuple(names)), sizes, weights), torch.zeros(400, len(weights))
+    for number in range(400):
+        drawn = pool.draw(1, number, size).text
+        assert len(set(drawn)) == size
+        for text in drawn:
+            counts[number, int(text[0])] += 1
+    share = size * torch.tensor(weights) / sum(weights)
+    assert ((counts - share).abs() < 1).all()
+    # A count is floor or ceil of its share, so that its standard deviation is 1/2 at most: 4.5 sd of the mean.
+    torch.testing.assert_close(counts.mean(0), share, rtol=0, atol=4.5 * 0.5 / 20)
 
 
 def test_a_lora_of_a_run_is_opened_by_its_stock_pipeline(here, tmp_path):

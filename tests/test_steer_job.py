@@ -1,6 +1,7 @@
 """`generate --steer` as a user types it: tables, pictures, pairs, resume after a kill, refusals."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,12 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from t2i_align.rewards import Scorer
+from t2i_align.data.preferences import read_preferences
+from t2i_align.rewards import Scorer, load_reward
+from t2i_align.training import fit
+from t2i_align.training.blocks import load_run
+from t2i_align.training.distributed import ALONE
+from t2i_align.training.run import make_parts
 
 PROMPTS = ["a red circle", "two green stars", "a blue square", "a red circle"]
 TINY = ["--pipeline", "tiny-sd", "--steps", "4", "--rewards", "verifier"]
@@ -94,6 +100,35 @@ def test_pairs_may_go_to_the_folder_of_the_images(cli, tmp_path):
     assert len(rewards) == 3
     assert [rewards[pair[f"image_{side}"]] for side in (0, 1)] == [pair["score_0"], pair["score_1"]]
     assert pair["gap"] == pytest.approx(max(rewards.values()) - min(rewards.values()))
+
+
+def test_saved_pairs_are_preferences_to_train_on(cli, prompts, tmp_path):
+    pairs = tmp_path / "pairs"
+    words = ("--rewards", "jpeg_compressibility", "--save-pairs", pairs, "--steps", 2)
+    code, _, err = steer(cli, prompts, tmp_path / "out", *words, method=("best_of_n", "particles=3"))
+    assert code == 0, err
+    found = read_preferences(pairs)
+    assert not found.problems
+    assert [ranking.prompt for ranking in found.rankings] == PROMPTS[:3]  # the last one is the first again
+    rewards = load_reward("jpeg_compressibility")
+    for better, worse in zip(*found.decided().columns.values(), strict=True):
+        scores = rewards.scores([Image.open(better), Image.open(worse)]).total
+        assert scores[0] > scores[1]
+
+    config = {
+        "method": {"use": "diffusion_dpo", "batch_size": 6, "beta": 20.0},
+        "prompts": {"use": "pairs", "path": str(pairs), "per_round": 3},
+        "reward": "jpeg_compressibility",
+        "train": {"steps": 1, "learning_rate": 0.001},
+        "evaluate": {"watch": []},
+    }
+    parts = make_parts(load_run(config), ALONE)
+    before = [p.detach().clone() for p in parts.method.policy.trainable()]
+    fit(parts.method, lambda number: parts.pool.draw(0, number, 3), parts.config.train, tmp_path / "run")
+    assert any(not torch.equal(p, q) for p, q in zip(parts.method.policy.trainable(), before, strict=True))
+    (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert row["pairs"] == 3
+    assert row["loss"] == pytest.approx(math.log(2), rel=1e-3)  # of the base itself
 
 
 def test_dollars_in_a_prompt_are_no_formula(cli, tmp_path):

@@ -9,6 +9,8 @@ from typing import Annotated
 
 from typer import Argument, Context, Option, Typer
 
+from t2i_align.cli.tables import print_json, print_table
+
 bench = Typer(help="Benches on the playground: resumable cells, tables, pages.", rich_markup_mode=None)
 
 
@@ -29,8 +31,6 @@ def steering(
     listing: Annotated[bool, Option("--list", help="List the cells and which are done, and exit.")] = False,
 ) -> None:
     """Steering methods at 8 and 16 times the cost of a plain sample, judged by gold and proxy."""
-    import json
-
     from t2i_align.bench.steering import Bench, cells
     from t2i_align.errors import T2IError
     from t2i_align.pipelines.catalog import check_pipeline
@@ -60,7 +60,7 @@ def steering(
 
     for line in write_pages(out, results, docs):
         print(line)
-    print(json.dumps({"cells": len(results), "page": str(out / "steering.html")}))
+    print_json({"cells": len(results), "page": str(out / "steering.html")})
 
 
 @bench.command()
@@ -82,7 +82,6 @@ def training(
     listing: Annotated[bool, Option("--list", help="List the cells and how far they are, and exit.")] = False,
 ) -> None:
     """Training methods at an equal number of images, judged by gold and proxy against the base."""
-    import json
     from dataclasses import replace
 
     from t2i_align.bench.recipes import IMAGES
@@ -116,14 +115,14 @@ def training(
 
     if label:
         for row in tuning_rows(results, run.base()) if results else ():
-            print(json.dumps(row, ensure_ascii=False))
+            print_json(row)
         return
     there = [cell for cell in cells(images, seeds) if run.path(cell).is_file()]
     done = [result for cell in there if (result := run.run(cell)) is not None]
     if done:
         for line in write_pages(out, done, run.base(), docs):
             print(line)
-    print(json.dumps({"cells": len(done), "page": str(out / "training.html") if done else None}))
+    print_json({"cells": len(done), "page": str(out / "training.html") if done else None})
 
 
 @bench.command()
@@ -134,17 +133,14 @@ def hacking(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How training runs over-optimise their reward: gold over sqrt(KL), fitted after Gao et al."""
-    import json
-
     from t2i_align.bench.hacking import number, plot_runs, read_run
-    from t2i_align.cli.tables import print_table
 
     found = [read_run(run, gold) for run in runs]
     if out is not None:
         plot_runs(found, out)
     rows = [run.row() for run in found]
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
         return
     print_table([{k: v if isinstance(v, str) else number(v) for k, v in row.items()} for row in rows])
 
@@ -167,7 +163,6 @@ def hacking_study(
     listing: Annotated[bool, Option("--list", help="List the cells and how far they are, and exit.")] = False,
 ) -> None:
     """Training far past the optimum of a learned reward, with and without guards: gold, proxy and KL on the way."""
-    import json
     from dataclasses import replace
 
     from t2i_align.bench.hacking_report import path_rows, write_pages
@@ -195,14 +190,14 @@ def hacking_study(
             break
         if label:
             for row in path_rows(result):
-                print(json.dumps(row))
+                print_json(row)
     if label:
         return
     done = [result for cell in every if run.path(cell).is_file() and (result := run.run(cell)) is not None]
     if done:
         for line in write_pages(out, done, run.base(), docs):
             print(line)
-    print(json.dumps({"cells": len(done), "curves": str(out / "curves.png") if done else None}))
+    print_json({"cells": len(done), "curves": str(out / "curves.png") if done else None})
 
 
 @bench.command()
@@ -215,13 +210,10 @@ def values(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Whether a value function is right: its predictions of half-made images against their final rewards."""
-    import json
-
     from t2i_align.bench.values import predict, write_pages
-    from t2i_align.cli.tables import print_table
 
     rows = write_pages(run, predict(run, prompts), docs)
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
         return
     print_table(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from typer import Exit, Option
+
+from t2i_align.cli.tables import print_json
 
 NEEDED_DISK = 2e9  # bytes
 EXTRAS = {"xformers": "xformers", "bitsandbytes": "bnb", "wandb": "wandb"}
@@ -31,7 +32,7 @@ def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fals
     """
     checks = list(_checks())
     if as_json:
-        print(json.dumps([check._asdict() for check in checks], indent=2))
+        print_json([check._asdict() for check in checks], indent=2)
     else:
         for check in checks:
             print(f"{check.state:5}  {check.name}: {check.found}" + (f" -> {check.mend}" if check.mend else ""))

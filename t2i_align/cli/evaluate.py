@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
+
+from t2i_align.cli.tables import print_json, print_table
+
+if TYPE_CHECKING:
+    from t2i_align.evaluation import Comparison
 
 
 def evaluate(
@@ -37,9 +42,11 @@ def evaluate(
     check_pipeline(pipeline)
     table = read_prompts(prompts)
 
-    from t2i_align.cli.tables import print_table
+    from t2i_align.evaluation import check_page, write_page
     from t2i_align.evaluation import evaluate as measure
 
+    if html is not None:
+        check_page(html)
     found = measure(
         pipeline,
         table,
@@ -51,25 +58,29 @@ def evaluate(
         guidance=guidance,
         batch_size=batch_size,
         device=device,
-        html=html,
     )
     if as_json:
-        print(json.dumps({name: _flat(row) for name, row in found.comparisons.items()}))
-        return
+        print_json({name: _flat(row) for name, row in found.comparisons.items()})
+    else:
+        _print(found.comparisons, lora is not None)
+    if html is not None:  # last: the numbers are there whatever becomes of the page
+        write_page(html, found)
+        if not as_json:
+            print(f"open {html}")
+
+
+def _print(comparisons: Mapping[str, Comparison], tuned: bool) -> None:
     rows = []
-    for name, row in found.comparisons.items():
+    for name, row in comparisons.items():
         line = {"scorer": name, "base": str(row.base)}
-        if lora is not None:
+        if tuned:
             line |= {"tuned": str(row.tuned), "gain": str(row.gain), "wins": f"{100 * row.win_rate:.0f} %"}
         rows.append(line | {"prompts": str(row.prompts), "invalid": str(row.invalid)})
     print_table(rows, "means over prompts [95 % interval]")
-    if html is not None:
-        print(f"open {html}")
 
 
-def _flat(row: object) -> dict[str, object]:
+def _flat(row: Comparison) -> dict[str, object]:
     """A comparison as nested mappings."""
-    from t2i_align.evaluation import Comparison, Interval
+    from t2i_align.evaluation import Interval
 
-    assert isinstance(row, Comparison)
     return {name: value._asdict() if isinstance(value, Interval) else value for name, value in row._asdict().items()}

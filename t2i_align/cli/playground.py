@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Context, Option, Typer
+
+from t2i_align.cli.tables import print_json, print_table
 
 playground = Typer(help="The embedded world: scenes, trainings, measurements.", rich_markup_mode=None)
 
@@ -119,7 +120,6 @@ def measure(
     from t2i_align.pipelines.loading import find_pipeline
 
     find_pipeline(pipeline)
-    from t2i_align.cli.tables import print_table
     from t2i_align.pipelines import call_keywords, load_pipeline
     from t2i_align.playground.measure import measure_pipeline
 
@@ -128,7 +128,7 @@ def measure(
     call = call_keywords(pipeline, steps, guidance)
     rows = measure_pipeline(load_pipeline(pipeline), prompts, grid=grids, **call)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows, indent=2)
     else:
         print_table(rows)
 
@@ -143,7 +143,6 @@ def verify(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure the verifier itself on scenes whose facts are known."""
-    from t2i_align.cli.tables import print_table
     from t2i_align.pipelines.loading import find_pipeline, load_pipeline
     from t2i_align.playground import measure as measuring
 
@@ -153,7 +152,7 @@ def verify(
         change = measuring.round_trip(load_pipeline(vae).vae, change)
     table = measuring.measure_verifier(scenes, change=change)
     if as_json:
-        print(json.dumps(table, indent=2))
+        print_json(table, indent=2)
     else:
         print_table(
             [

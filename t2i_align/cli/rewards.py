@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Context, Option, Typer
+
+from t2i_align.cli.tables import print_json, print_table
 
 rewards = Typer(help="List, describe, calibrate and judge the scorers.", rich_markup_mode=None)
 
@@ -23,9 +24,8 @@ def top(context: Context, as_json: Annotated[bool, Option("--json", help="Print 
 
     rows = [_row(scorer_class(name)) for name in SCORERS]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows, indent=2)
         return
-    from t2i_align.cli.tables import print_table
     from t2i_align.rewards.build import FUNCTIONS
 
     shown = ("name", "needs", "differentiable", "unit", "license", "weights", "summary")
@@ -61,7 +61,7 @@ def show(
         facts = {**_row(found), "range": f"{low:g} to {high:g}", "options": _options(found), "source": found.source}
         facts |= {"files": [file.facts() for file in found.files], "summary": about}
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts, indent=2)
         return
     width = max(map(len, facts))
     for label, value in facts.items():
@@ -103,7 +103,6 @@ def calibrate(
     table = read_prompts(prompts)
 
     from t2i_align.calibration import calibrate as run
-    from t2i_align.cli.tables import print_table
     from t2i_align.devices import resolve_device
 
     place = resolve_device(device)
@@ -177,7 +176,6 @@ def evaluate(
         seed=seed,
     )  # fmt: skip
 
-    from t2i_align.cli.tables import print_table
     from t2i_align.devices import resolve_device
 
     print_table(run(settings, out, resolve_device(device), overwrite=overwrite))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
+
+from t2i_align.cli.tables import print_json
 
 if TYPE_CHECKING:
     from t2i_align.scoring.views import Summary
@@ -118,7 +119,7 @@ def score(
     if as_json:
         numbers = {name: numbers.as_dict() for name, numbers in summary.scores.items()}
         said = {"rows": summary.rows, "failed": summary.failed, "out": str(out), "scores": numbers}
-        print(json.dumps(said | {"scored": outcome.scored, "seconds": outcome.seconds, "waited": outcome.waited}))
+        print_json(said | {"scored": outcome.scored, "seconds": outcome.seconds, "waited": outcome.waited})
     else:
         _print(summary, out, outcome, written)
     if summary.failed:

@@ -1,9 +1,12 @@
-"""Tables for people: a box on a terminal, aligned untruncated columns elsewhere."""
+"""What commands print: tables for people (a box on a terminal, aligned untruncated columns elsewhere), and JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
@@ -24,6 +27,19 @@ def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
     widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     for line in [names, *cells]:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print JSON; numbers that JSON does not know (NaN, infinities) as null."""
+    print(json.dumps(_known(value), indent=indent, allow_nan=False))
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _known(inner) for name, inner in value.items()}
+    return [_known(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _cell(value: object) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
+
+from t2i_align.cli.tables import print_json, print_table
 
 
 def train(
@@ -43,12 +44,11 @@ def train(
     from t2i_align.training.run import train as start
 
     if dry_run:
-        from t2i_align.cli.tables import print_table
         from t2i_align.training.plan import make_plan
 
         plan = make_plan(make_parts(run, ALONE))
         if as_json:
-            print(json.dumps(plan._asdict() | {"memory": plan.memory._asdict(), "hours": plan.hours}))
+            print_json(plan._asdict() | {"memory": plan.memory._asdict(), "hours": plan.hours})
         else:
             print_table(plan.rows())
         return
@@ -58,7 +58,7 @@ def train(
     kept = {name: value for name, value in done.kept.items() if name != "scores"}
     if as_json:
         said = {"folder": str(done.folder), "step": done.step, "kept_step": done.kept_step, "kept": kept}
-        print(json.dumps(said | {"note": done.note}))
+        print_json(said | {"note": done.note})
         return
     if done.note:
         print(done.note)
@@ -71,20 +71,19 @@ def _train_scorer(config: Path, overrides: list[str], dry_run: bool, as_json: bo
 
     run = load_scorer_run(config, overrides)
 
-    from t2i_align.cli.tables import print_table
     from t2i_align.rewards.trained import RUN
     from t2i_align.scorer_training.run import make_plan, train_scorer
 
     if dry_run:
         plan = make_plan(run)
         if as_json:
-            print(json.dumps(plan))
+            print_json(plan)
         else:
             print_table([{"what": name, "value": text} for name, text in plan.items()])
         return
     done = train_scorer(run, **options)
     if as_json:
-        print(json.dumps(done._asdict() | {"folder": str(done.folder)}))
+        print_json(done._asdict() | {"folder": str(done.folder)})
         return
     if not done.finished:
         print(f"stopped at step {done.step} of {run.train.steps} in {done.folder}; --resume goes on")

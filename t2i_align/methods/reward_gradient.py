@@ -52,7 +52,9 @@ class GradientSettings(SamplingSettings):
     loss: Shape = Field("linear", description="-r, max(0, goal - r) or |goal - r|")
     goal: float = Field(2.0, description="of `margin` and `target`, in the unit of the reward")
     discount: float = Field(
-        0.0, ge=0, description="l exp(-U) + U in place of a loss l, with U = discount std of the reward (Ctrl-U)"
+        0.0,
+        ge=0,
+        description="l exp(-U) + U in place of a loss l, with U = discount std of the reward (Ctrl-U); not of `linear`",
     )
     scale: float = Field(1.0, gt=0, description="weight of the reward beside `pretrain`; Adam does not see it alone")
     kl: float = Field(0.0, ge=0, description="weight of the KL to the base, in units of the reward per nat")
@@ -98,7 +100,13 @@ class RewardGradient(OnPolicy):
 
     @classmethod
     def refuse(cls, settings: GradientSettings, columns: Any) -> str | None:
-        """A pre-training term needs its images."""
+        """A pre-training term needs its images, and Ctrl-U's factor a loss that does not hang on the reward's zero.
+
+        l exp(-U) + U falls as U grows where l > exp(U). Of l = -r that is every reward below -exp(U), so that doubt
+        would be learned by rewards that are negative for no other reason than their zero.
+        """
+        if settings.discount and settings.loss == "linear":
+            return "method.loss: expected target or margin with discount, whose losses are 0 at best, but got linear"
         if bool(settings.pretrain) != (settings.pretrain_data is not None):
             return "method.pretrain: expected a weight and pretrain_data, or neither"
         if settings.pretrain_data is not None:

@@ -180,7 +180,7 @@ def problems(config: ScorerRun) -> Iterator[str]:
     import os
 
     from t2i_align.devices import resolve_device
-    from t2i_align.training.checks import folder_problems
+    from t2i_align.runs import folder_problems
 
     yield from _parts(config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

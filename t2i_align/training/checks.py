@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from t2i_align.errors import T2IError
@@ -18,6 +17,7 @@ from t2i_align.pipelines.kernels import Kernel, load_kernel
 from t2i_align.rewards import Scorer, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
 from t2i_align.rewards.gradients import differentiable, without_gradient
+from t2i_align.runs import folder_problems
 from t2i_align.training.blocks import TRAINED, PromptsBlock, RunConfig
 from t2i_align.training.distributed import World
 from t2i_align.training.prompts import make_pool, training_pool
@@ -219,19 +219,6 @@ def _stop(config: RunConfig) -> Iterator[str]:
 
 def _folder(config: RunConfig) -> Iterator[str]:
     yield from folder_problems(config.folder)
-
-
-def folder_problems(folder: Path) -> Iterator[str]:
-    """Why a run's folder cannot be written, if it cannot."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        yield f"out: expected a folder but {there} is a file"
-        return
-    try:
-        with TemporaryFile(dir=there):  # permissions alone say nothing of a disk that cannot be written, or to root
-            pass
-    except OSError as error:
-        yield f"out: the folder {there} cannot be written ({error.strerror})"
 
 
 def _libraries(config: RunConfig) -> Iterator[str]:

@@ -103,9 +103,7 @@ class Honest(Observer):
 
     def due(self, step: int) -> bool:
         """Whether a step, the first of a round, is evaluated: the first one at or after each multiple, and the last."""
-        every = self.config.evaluate.every
-        before = step - self.method.updates
-        return step == 0 or step // every > before // every or step >= self.config.train.steps
+        return is_due(step, self.config.evaluate.every, self.method.updates, self.config.train.steps)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -251,6 +249,11 @@ class Honest(Observer):
         zoom = max(1, 128 // pictures[0].width)
         sheet = contact_sheet([*self.base_pictures, *pictures], count, labels=["base", f"step {step}"], zoom=zoom)
         sheet.save(self.folder / "samples" / f"step-{step:06d}.png")
+
+
+def is_due(step: int, every: int, updates: int, last: int) -> bool:
+    """See `Honest.due`: for rounds of so many updates, and the last step of a run."""
+    return step == 0 or step // every > (step - updates) // every or step >= last
 
 
 @torch.no_grad()

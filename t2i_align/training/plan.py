@@ -1,20 +1,25 @@
-"""What a run will cost, from its config and one small round: network calls, memory, hours."""
+"""What a run will cost, from its config, one small round and one batch of an evaluation: calls, memory, hours."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from t2i_align.arms import parameters
-from t2i_align.methods.base import Rollout
+from t2i_align.data.images import tensor_to_pil
+from t2i_align.methods.base import OnPolicy, Rollout
+from t2i_align.pipelines.driver import Driver
+from t2i_align.prompts import Prompts
 from t2i_align.rewards import Scorer
-from t2i_align.rewards.features import networks_of
+from t2i_align.rewards.features import extract_features, networks_of
 from t2i_align.training.distributed import ALONE
+from t2i_align.training.honest import is_due
 from t2i_align.training.method import Ctx
 from t2i_align.training.precision import autocast
 from t2i_align.training.run import Parts
@@ -46,7 +51,8 @@ class Plan(NamedTuple):
     memory: Memory
     seconds: float  # a round
     evaluations: int
-    evaluation_seconds: float
+    evaluated: int  # network rows of all evaluations: their images, and chains for the KL to the base
+    evaluation_seconds: float  # an evaluation, on average
 
     @property
     def hours(self) -> float:
@@ -60,6 +66,7 @@ class Plan(NamedTuple):
             "rounds": f"{self.rounds}",
             "images per round": f"{self.images}",
             "network rows per round": f"{self.drawn} drawing, {self.trained} training (guidance counts double)",
+            "network rows of evaluations": f"{self.evaluated}",
             "memory": f"about {m.total / GIB:.2f} GiB: weights {m.weights / GIB:.2f}, training state "
             f"{m.training / GIB:.2f}, a round {m.round / GIB:.2f}, activations {m.activations / GIB:.2f}",
             "time": f"about {self.hours:.2g} hours: {self.rounds} rounds of {self.seconds:.3g} s, {self.evaluations} "
@@ -70,6 +77,8 @@ class Plan(NamedTuple):
 
 def make_plan(parts: Parts) -> Plan:
     """Draw and backpropagate as few images as fill a batch, and scale up; weights are not changed.
+
+    Of evaluations see `evaluations`.
 
     Activations are the tensors that autograd keeps of the largest loss term, and of decoding the largest input and
     output of a layer; they grow with the batch, which is measured in full.
@@ -98,23 +107,68 @@ def make_plan(parts: Parts) -> Plan:
         method.zero_grad()
     images = config.prompts.per_round * s.group
     kept = sum(map(bytes_of, tensors_of(batch)))
-    seconds = (drawing + s.epochs * training) / share
-    e = config.evaluate
-    steps = parts.call.get("num_inference_steps", 50)
-    if once:
-        per_image = drawing / (prompts * s.group * s.steps) * steps
-    else:  # images are drawn in the loss, or not at all; a backward pass takes twice as long as a forward pass
-        per_image = training / max(1, trained[0]) / 3 * steps
+    number, evaluated, looking = evaluations(parts)
     return Plan(
         rounds=config.train.steps // method.updates,
         images=images,
         drawn=round(once / share),
         trained=round(s.epochs * trained[0] / share),
         memory=Memory(*standing(parts), round(kept / share), max(graph, decoded[0])),
-        seconds=seconds,
-        evaluations=config.train.steps // e.every + 1,
-        evaluation_seconds=per_image * len(parts.held_out) * e.images,
+        seconds=(drawing + s.epochs * training) / share,
+        evaluations=number,
+        evaluated=evaluated,
+        evaluation_seconds=looking / number,
     )
+
+
+@torch.no_grad()
+def evaluations(parts: Parts) -> tuple[int, int, float]:
+    """How many evaluations a run makes unless it stops early, the network rows of all, and their seconds.
+
+    One denoising step of a batch, decoding and all scores are measured, and scaled up. The first evaluation needs no
+    KL where it is the base's; elsewhere the base's pictures are drawn beside it.
+    """
+    config, method, held = parts.config, parts.method, parts.held_out
+    e, s, call = config.evaluate, method.settings, dict(parts.call)
+    steps = call.pop("num_inference_steps", 50)
+    every = range(0, config.train.steps + 1, method.updates)
+    number = sum(is_due(step, e.every, method.updates, config.train.steps) for step in every)
+    x, chain_rows, chain_seconds = first_step(method, method.tools.driver, held[: s.batch_size], s.steps)
+    chain_steps = steps_of_kl(method, x[:1])
+    some, driver = held.repeat(e.images)[: e.batch_size], Driver(parts.pipe, **call)  # with guidance of its own
+    first_step(method, driver, some, steps)  # the first call is slower
+    started = time.perf_counter()
+    x, rows, seconds = first_step(method, driver, some, steps)
+    pictures = [tensor_to_pil(image) for image in driver.decode(x, e.batch_size)]
+    for scorer in parts.judges.scorers.values():
+        scorer.scores(pictures, some).total.cpu()
+    if parts.judges.features is not None:
+        extract_features(pictures, parts.judges.features).cpu()
+    rest = (time.perf_counter() - started) / len(some) - seconds
+    elsewhere = config.policy.start is not None
+    images = len(held) * e.images * (number + elsewhere)
+    image_steps = images * driver.grid(steps).steps
+    chain_steps *= min(e.kl_images, len(held)) * (number - 1 + elsewhere)
+    total = image_steps * seconds + chain_steps * chain_seconds + images * rest
+    return number, round(image_steps * rows + chain_steps * chain_rows), total
+
+
+def first_step(method: OnPolicy, driver: Driver, prompts: Prompts, steps: int) -> tuple[Tensor, float, float]:
+    """Starting latents (B, ...), and network rows and seconds of a sample's first denoising step."""
+    cond = driver.encode(method.as_used(prompts))
+    x = driver.start(cond, steps, batch_size=len(cond))
+    with counted(method.policy.network) as rows:
+        started = time.perf_counter()
+        driver.predict(x, 0, cond, steps).cpu()
+        seconds = time.perf_counter() - started
+    return x, rows[0] / len(x), seconds / len(x)
+
+
+def steps_of_kl(method: OnPolicy, x: Tensor) -> int:
+    """Denoising steps by which `drift_from_base` takes a chain: the policy's, and the base's where they have noise."""
+    grid, x = method.tools.driver.grid(method.settings.steps), x.float()
+    levels = [grid.level(row, x) for row in range(grid.steps + 1)]
+    return grid.steps + sum(bool(method.kernel(x, x, *pair).std.any()) for pair in pairwise(levels))
 
 
 def standing(parts: Parts) -> tuple[int, int]:
@@ -160,14 +214,20 @@ def counted(network: nn.Module) -> Iterator[list[int]]:
     rows = [0]
 
     def count(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *options.values()) if isinstance(value, Tensor) and value.ndim > 1]
-        rows[0] += len(tensors[0])
+        given = (*args, *options.values())
+        batches = [x for x in given if (x.ndim > 1 if isinstance(x, Tensor) else is_list_of_tensors(x))]
+        rows[0] += len(batches[0])
 
     handle = network.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield rows
     finally:
         handle.remove()
+
+
+def is_list_of_tensors(value: Any) -> bool:
+    """Whether a network is given its samples one by one, as Z-Image's is."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(x, Tensor) for x in value)
 
 
 @contextmanager

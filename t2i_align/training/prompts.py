@@ -25,20 +25,38 @@ TRIES = 60  # scenes drawn for each different caption that is wanted
 
 @dataclass(frozen=True)
 class Pool:
-    """All prompts of a run, each with its chance to be drawn."""
+    """All prompts of a run, source after source: `sizes` rows of each, `weights` the shares of a round."""
 
     prompts: Prompts
-    chances: tuple[float, ...]
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...] = (1.0,)
 
     def draw(self, seed: int, number: int, size: int) -> Prompts:
-        """The prompts of round `number`: different rows of the pool, a pure function of the arguments."""
+        """The prompts of round `number`, a pure function of the arguments.
+
+        A source has its share of the round, within one prompt and exactly on average. Its rows are different ones; of
+        a source that is smaller than its share all rows come equally often, within one.
+        """
         import torch
 
         if size > len(self.prompts):
             raise T2IError(f"Expected at least {size} prompts, one for each of a round, but got {len(self.prompts)}.")
-        chances = torch.tensor(self.chances, dtype=torch.float64)
-        rows = torch.multinomial(chances, size, replacement=False, generator=generator(seed, "prompts", number))
-        return self.prompts[rows.tolist()]
+        draws, mixing = generator(seed, "prompts", number), generator(seed, "mixture", number)
+        ends = torch.tensor(self.weights, dtype=torch.float64).cumsum(0)
+        # One offset for the edges of all shares: any source's count is rounded up as often as its fraction says.
+        edges = (size * (ends / ends[-1]) + torch.rand((), dtype=torch.float64, generator=mixing)).floor().long()
+        rows: list[int] = []
+        first = 0
+        for length, share in zip(self.sizes, edges.diff(prepend=edges.new_zeros(1)).tolist(), strict=True):
+            even = torch.full((length,), 1 / length, dtype=torch.float64)
+            while share > 0:
+                some = min(share, length)
+                rows += (first + torch.multinomial(even, some, replacement=False, generator=draws)).tolist()
+                share -= some
+            first += length
+        if len(self.sizes) > 1:  # processes and minibatches have parts of a round
+            rows = [rows[i] for i in torch.randperm(len(rows), generator=mixing)]
+        return self.prompts[rows]
 
 
 def training_pool(config: RunConfig) -> Pool:
@@ -50,7 +68,7 @@ def training_pool(config: RunConfig) -> Pool:
     if config.choices is None:
         return make_pool(config.prompts)
     prompts = read_choices(config.choices).prompts()
-    return _large_enough(Pool(prompts, (1 / len(prompts),) * len(prompts)), config.prompts.per_round)
+    return _large_enough(Pool(prompts, (len(prompts),)), config.prompts.per_round)
 
 
 def make_pool(block: Source | PromptsBlock) -> Pool:
@@ -64,9 +82,8 @@ def make_pool(block: Source | PromptsBlock) -> Pool:
     joined = tables[0]
     for table in tables[1:]:
         joined = joined + table
-    total = sum(part.weight for part in parts)
-    chances = [part.weight / total / len(table) for part, table in zip(parts, tables, strict=True) for _ in table.text]
-    return _large_enough(Pool(joined, tuple(chances)), getattr(block, "per_round", 1))
+    pool = Pool(joined, tuple(len(table) for table in tables), tuple(part.weight for part in parts))
+    return _large_enough(pool, getattr(block, "per_round", 1))
 
 
 def _large_enough(pool: Pool, per_round: int) -> Pool:
