@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +14,11 @@ from t2i_align.playground.grammar import KINDS, Kind
 from t2i_align.rewards import check_reward, scorer_class
 from t2i_align.runs import home_of
 
+if TYPE_CHECKING:
+    from t2i_align.rewards import Scorer
+
 TRAINED = "reward"  # the trained reward's name among those of an evaluation
+FROM_PYTHON = "from Python: "  # before the name of a reward that was passed as an object, which no config holds
 
 
 class ModelBlock(Settings):
@@ -73,8 +77,10 @@ class PolicyBlock(Settings):
 class Source(Settings):
     """Where prompts come from."""
 
-    use: Literal["playground", "file", "pairs"] = Field(
-        "playground", description="captions of the playground, a file, or images with preferences"
+    use: Literal["playground", "file", "pairs"] | None = Field(
+        None,
+        description="captions of the playground, a file, or images with preferences; null: the playground for its "
+        "own pipelines",
     )
     path: str | None = Field(
         None, description="a .txt, .jsonl, .csv or .parquet file of prompts; of preferences what read_preferences takes"
@@ -89,7 +95,7 @@ class Source(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Source:
-        if (self.use != "playground") != (self.path is not None):
+        if (self.use not in (None, "playground")) != (self.path is not None):
             raise T2IError("Expected use: file with path: FILE, or use: pairs with path: PATH, or neither.")
         if self.use != "pairs" and (self.columns, self.root) != (None, None):
             raise T2IError("Expected columns and root beside use: pairs alone: leave them out.")
@@ -180,7 +186,7 @@ class RunConfig(Settings):
     @field_validator("reward")
     @classmethod
     def _exists(cls, reward: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-        if reward is not None:
+        if reward is not None and not from_python(reward):
             check_reward(reward)
         return reward
 
@@ -201,10 +207,20 @@ class RunConfig(Settings):
         return Path(self.out or f"runs/{self.method['use'].rpartition(':')[2].lower()}")
 
 
-def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+def from_python(reward: Any) -> bool:
+    """Whether a config names a reward that was passed as an object."""
+    return isinstance(reward, str) and reward.startswith(FROM_PYTHON)
+
+
+def load_run(source: Any, overrides: tuple[str, ...] | list[str] = (), scorer: Scorer | None = None) -> RunConfig:
     """The config of a run from a YAML file or a mapping, with `a.b=value` words over it.
 
     The `config.yaml` of a run means that run: `out` is its folder, unless it is given.
+
+    Args:
+        source: a file or a mapping.
+        overrides: what is changed.
+        scorer: the reward, where it is passed as an object; the config then has its name, after `FROM_PYTHON`.
 
     Raises:
         ConfigError: everything that is wrong with it, found without loading any weight; see `checks.problems`.
@@ -214,7 +230,7 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunCon
     config = _filled_in(load_config(RunConfig, source, overrides))
     if config.out is None:
         config = config.model_copy(update={"out": home_of(source)})
-    found = problems(config)
+    found = problems(config, scorer=scorer)
     if found:
         origin = f" in {source}" if isinstance(source, (str, Path)) else ""
         count = "a problem" if len(found) == 1 else f"{len(found)} problems"
@@ -222,16 +238,32 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunCon
     return config
 
 
-def _filled_in(config: RunConfig) -> RunConfig:
-    """The config with what suits a pipeline of the playground, where nothing else is said."""
+def on_playground(pipeline: str | None) -> bool:
+    """Whether a pipeline was made for captions of the playground. Raises T2IError for one that is unknown."""
     from t2i_align.pipelines.catalog import card_of
 
+    return pipeline is not None and card_of(pipeline).get("prompts") == "playground"
+
+
+def _filled_in(config: RunConfig) -> RunConfig:
+    """The config with what suits a pipeline of the playground, where nothing else is said."""
     try:
-        playground = config.model.use is not None and card_of(config.model.use).get("prompts") == "playground"
+        playground = on_playground(config.model.use)
     except T2IError:  # the checks say what is wrong with it
         return config
     watch: tuple[str, ...] = ("verifier",) if playground else ()
     features = "tiny_clip" if playground and scorer_class("tiny_clip").missing() is None else None
     given = config.evaluate
     changes = {"watch": watch if given.watch is None else given.watch, "features": given.features or features}
-    return config.model_copy(update={"evaluate": given.model_copy(update=changes)})
+    config = config.model_copy(update={"evaluate": given.model_copy(update=changes)})
+    return _with_captions(config) if playground else config
+
+
+def _with_captions(config: RunConfig) -> RunConfig:
+    """The config of a run on a pipeline of the playground, whose captions serve where no prompts are named."""
+    named, e = {"use": "playground"}, config.evaluate
+    if config.prompts.use is None and config.choices is None and not config.prompts.mix:
+        config = config.model_copy(update={"prompts": config.prompts.model_copy(update=named)})
+    if e.prompts.use is None:
+        e = e.model_copy(update={"prompts": e.prompts.model_copy(update=named)})
+    return config.model_copy(update={"evaluate": e})
