@@ -33,10 +33,11 @@ def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
 
 def print_settings(kind: type[Settings]) -> None:
     """Print the settings of a method: names as `key=value` words have them, defaults, and what they are."""
-    print_table(list(_settings(kind)))
+    print_table(list(settings_rows(kind)))
 
 
-def _settings(kind: type[Settings], above: str = "") -> Iterator[dict[str, object]]:
+def settings_rows(kind: type[Settings], above: str = "") -> Iterator[dict[str, object]]:
+    """A row per setting, those of blocks within as `block.name`."""
     from typing import get_args
 
     from pydantic_core import PydanticUndefined
@@ -48,12 +49,12 @@ def _settings(kind: type[Settings], above: str = "") -> Iterator[dict[str, objec
         block = next((k for k in blocks if issubclass(k, Settings)), None)
         default: Any = field.get_default(call_default_factory=True)
         if block is not None and default is not None:
-            yield from _settings(block, f"{above}{name}.")
+            yield from settings_rows(block, f"{above}{name}.")
             continue
         said = "(needed)" if default is PydanticUndefined else _yaml(default)
         yield {"setting": f"{above}{name}", "default": said, "what it is": field.description or ""}
         if block is not None:
-            yield from _settings(block, f"{above}{name}.")
+            yield from settings_rows(block, f"{above}{name}.")
 
 
 def _yaml(value: Any) -> str:
