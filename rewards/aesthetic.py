@@ -19,7 +19,7 @@ from t2i_align.prompts import Prompts
 from t2i_align.rewards import clip
 from t2i_align.rewards.checkpoints import missing_weights
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.files import WeightFile, find_weights, load_strictly, read_weights
+from t2i_align.rewards.files import WeightFile, find_weights, join_missing, load_strictly, read_weights
 from t2i_align.rewards.tower import TowerSpec
 
 REPOSITORY = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
@@ -74,7 +74,7 @@ class Aesthetic(clip.TowerScorer):
     @classmethod
     def missing(cls, **options: Any) -> str | None:
         head = None if options.get("weights") else _head(options.get("head") or "sac").missing()
-        return head or missing_weights(options.get("name") or clip.PUBLISHED)
+        return join_missing(head, missing_weights(options.get("name") or clip.PUBLISHED))
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         return score_features(self.layers, self.tower.image_features(images))

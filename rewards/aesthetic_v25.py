@@ -18,7 +18,7 @@ from t2i_align.rewards.aesthetic import head_layers, score_features
 from t2i_align.rewards.base import Scorer
 from t2i_align.rewards.checkpoints import missing_weights
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.files import WeightFile, find_weights, load_strictly, read_weights
+from t2i_align.rewards.files import WeightFile, find_weights, join_missing, load_strictly, read_weights
 from t2i_align.rewards.tower import Preprocessing
 
 BACKBONE = "google/siglip-so400m-patch14-384"
@@ -76,7 +76,7 @@ class AestheticV25(Scorer):
     @classmethod
     def missing(cls, **options: Any) -> str | None:
         head = None if options.get("weights") else cls.files[0].missing()
-        return head or missing_weights(options.get("name") or BACKBONE)
+        return join_missing(head, missing_weights(options.get("name") or BACKBONE))
 
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         pixels = self.preprocessing(images.float()).to(next(self.backbone.parameters()).dtype)

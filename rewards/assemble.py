@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.files import read_weights
+from t2i_align.rewards.files import absent_weights, read_weights
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -109,7 +109,7 @@ def missing_folders(wanted: Mapping[str, tuple[str, Sequence[str]]], given: Mapp
             if place:
                 return f"the folder {option}={place} has none of {', '.join(files)}."
             commands.append(f"hf download {repo}")
-    return f"its weights are not on this machine; download them with `{' && '.join(commands)}`." if commands else None
+    return absent_weights(" && ".join(commands)) if commands else None
 
 
 def weight_file(folder: Path) -> Path:

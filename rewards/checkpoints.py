@@ -11,6 +11,7 @@ from torch import Tensor
 
 from t2i_align.rewards import encoders
 from t2i_align.rewards.expression import RewardError
+from t2i_align.rewards.files import absent_weights
 from t2i_align.rewards.tower import CLIP_MEAN, CLIP_STD, TOWERS, Preprocessing, Tower, TowerSpec
 
 SCHEMES = ("local-dir:", "hf-hub:")
@@ -34,7 +35,7 @@ def missing_weights(repo: str) -> str | None:
             return None
     except HFValidationError:
         return f"{repo} is neither a folder nor a hub id."
-    return f"its weights are not on this machine; download them with `hf download {repo}`."
+    return absent_weights(f"hf download {repo}")
 
 
 def load_tower(spec: TowerSpec) -> Tower:

@@ -66,7 +66,23 @@ class WeightFile(NamedTuple):
 def missing_files(files: Sequence[WeightFile]) -> str | None:
     """How to get the files that are not on this machine, or None."""
     absent = [file for file in files if file.find() is None]
-    return f"its weights are not on this machine; download them with `{_command(absent)}`." if absent else None
+    return absent_weights(_command(absent)) if absent else None
+
+
+ABSENT, END = "its weights are not on this machine; download them with `", "`."
+
+
+def absent_weights(command: str) -> str:
+    """The sentence about weights that a command downloads."""
+    return f"{ABSENT}{command}{END}"
+
+
+def join_missing(*found: str | None) -> str | None:
+    """What several parts of a scorer lack, in one sentence where commands download all of it; None if nothing."""
+    lacking = [text for text in found if text is not None]
+    if len(lacking) > 1 and all(text.startswith(ABSENT) for text in lacking):
+        return absent_weights(" && ".join(text.removeprefix(ABSENT).removesuffix(END) for text in lacking))
+    return " ".join(lacking) or None
 
 
 def _command(files: Sequence[WeightFile]) -> str:

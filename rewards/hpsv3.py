@@ -27,7 +27,7 @@ from t2i_align.rewards.assemble import assemble, found_folder, missing_folders, 
 from t2i_align.rewards.base import Scorer
 from t2i_align.rewards.blip import MEAN, STD
 from t2i_align.rewards.expression import RewardError
-from t2i_align.rewards.files import WeightFile, find_weights, read_weights
+from t2i_align.rewards.files import WeightFile, find_weights, join_missing, read_weights
 from t2i_align.rewards.hpsv3_prompt import INSTRUCTION, REWARD, SUFFIX
 from t2i_align.rewards.pillow import pillow_resize
 
@@ -80,7 +80,7 @@ class HPSv3(Scorer):
     @classmethod
     def missing(cls, **options: Any) -> str | None:
         weights = None if options.get("weights") else PUBLISHED.missing()
-        return weights or missing_folders(_wanted(), options)
+        return join_missing(weights, missing_folders(_wanted(), options))
 
     def refuse(self, prompt: str) -> str | None:
         own = next((token for token in self.own_tokens if token in prompt), None)

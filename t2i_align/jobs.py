@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -59,6 +59,7 @@ class GenerateJob(Settings):
     quantize: str | None = None
     kernel: str | None = Field(None, description="of the reverse steps; null: the pipeline's or the method's own")
     shared_start: bool = Field(False, description="all images of a prompt start from one noise; with a kernel")
+    fallback: ClassVar[str] = "diffusers"  # where settings come from that neither the table nor a card has
 
     def call(self) -> dict[str, Any]:
         """Keywords of the pipeline's `__call__`."""
@@ -94,7 +95,7 @@ def call_notes(job: GenerateJob, pipe: DiffusionPipeline) -> Iterator[str]:
     said = f"{steps} step{'' if steps == 1 else 's'}"
     said += "" if guidance is None else f", guidance {guidance:g}"
     said += f", {call['width']}x{call['height']}" if call.get("width") and call.get("height") else ""
-    source = "its card" if call_defaults(job.pipeline) else "diffusers"
+    source = "its card" if call_defaults(job.pipeline) else job.fallback
     if find_model(job.pipeline) is not None:
         source = "the table of models"
     yield f"{job.pipeline}: {said} (defaults from {source}; --steps, --guidance, --height and --width change them)"

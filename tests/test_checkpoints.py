@@ -157,7 +157,7 @@ def test_the_best_checkpoint_is_written_once_and_outlives_the_others(tmp_path, m
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.pt", "step-00000008.pt"]
     assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["step"] == 4
     last = {name: p.detach().clone() for name, p in whole.weights.items()}
-    whole.load_weights(tmp_path / "checkpoints" / "best.pt")
+    whole.load_weights(tmp_path / "checkpoints" / "best.pt", 4)
     assert not any(torch.equal(p, last[name]) for name, p in whole.weights.items())
 
 

@@ -16,6 +16,29 @@ def generate(cli, out, *more):
     return cli("generate", "a red circle", "--out", out, *SMALL, *more)
 
 
+def test_the_settings_of_methods_are_listed(cli):
+    code, out, _ = cli("train", "--settings", "vard")
+    assert code == 0
+    assert "value.net            features    reads the network's middle layer" in out
+    code, out, _ = cli("generate", "--settings", "fk")
+    assert code == 0
+    assert "particles      4           samples drawn per prompt" in out
+    code, _, err = cli("train", "--settings", "grop")
+    assert code == 2
+    assert "Did you mean 'grpo'?" in err
+
+
+def test_every_setting_of_a_method_is_explained():
+    from t2i_align.cli.tables import settings_rows
+    from t2i_align.methods import METHODS, read_method
+    from t2i_align.steering import METHODS as STEERING
+    from t2i_align.steering import method_class
+
+    kinds = [type(read_method({"use": name})[1]) for name in METHODS] + [method_class(name) for name in STEERING]
+    for kind in kinds:
+        assert all(row["what it is"] for row in settings_rows(kind)), kind
+
+
 def test_generate_then_score(cli, tmp_path):
     images, table = tmp_path / "images", tmp_path / "scores.parquet"
     code, out, _ = generate(cli, images)

@@ -1,10 +1,14 @@
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from pydantic import ValidationError
 
 from t2i_align.config import ConfigError, Settings, TrainConfig, load_config
+
+ROOT = Path(__file__).parents[1]
 
 
 class Inner(Settings):
@@ -167,19 +171,25 @@ def test_changing_one_key_of_a_default_block_keeps_the_others():
         assert load_config(DiffusionRecipe, source, words).train == default.model_copy(update={"steps": 3})
 
 
+def published(path):
+    """Whether a recipe is for a published model, whose weights and scorers are not here."""
+    return path.parent.name not in ("playground", "scorer")
+
+
 def test_ready_recipes_are_valid_and_open_with_their_command():
     from t2i_align.methods import METHODS
     from t2i_align.playground.diffusion import DiffusionRecipe
     from t2i_align.scorer_training.blocks import ScorerRun
     from t2i_align.training.blocks import load_run
 
-    root = Path(__file__).parents[1]
-    recipes = sorted((root / "configs").rglob("*.yaml"))
+    recipes = sorted((ROOT / "configs").rglob("*.yaml"))
     assert recipes
     for path in recipes:
         assert path.read_text().startswith("# t2i-align ")
-        assert str(path.relative_to(root)) in path.read_text().splitlines()[0]
-        if path.stem in METHODS:
+        assert str(path.relative_to(ROOT)) in path.read_text().splitlines()[0]
+        if published(path):
+            assert "\n# Not run on a GPU" in path.read_text()  # and see the next test
+        elif path.stem in METHODS:
             assert load_run(path).method["use"] == path.stem
         elif path.parent.name == "scorer":
             load_config(ScorerRun, path)  # its data need not be here
@@ -187,3 +197,44 @@ def test_ready_recipes_are_valid_and_open_with_their_command():
             assert yaml.safe_load(path.read_text())["method"]["use"] == "d3po"
         else:
             assert load_config(DiffusionRecipe, path).train.learning_rate == DiffusionRecipe().train.learning_rate
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if published(path)],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_recipes_of_published_models_pass_all_checks_but_that_their_files_are_here(path, tmp_path, monkeypatch):
+    from t2i_align.pipelines.catalog import call_defaults
+    from t2i_align.pipelines.models import MODELS
+    from t2i_align.training.blocks import load_run
+    from t2i_align.training.prompts import make_pool
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("t2i_align.rewards.build._check_scorer", lambda *_: None)
+    monkeypatch.setattr("t2i_align.pipelines.catalog.check_pipeline", lambda name, _: MODELS[name].source)
+    words = []
+    if path.stem == "diffusion_dpo":
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+        sides = {"image_0": "a.png", "image_1": "b.png", "label_0": 1, "label_1": 0}
+        lines = [json.dumps({"prompt": f"prompt {number}"} | sides) for number in range(256)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+        words = [f"prompts.path={tmp_path / 'pairs.jsonl'}"]
+    run = load_run(path, words)
+    assert (run.model.use, run.method["use"]) == (path.parent.name, path.stem)
+    assert call_defaults(run.model.use)["num_inference_steps"]
+    assert run.policy.gradient_checkpointing
+    assert run.train.precision == run.model.dtype == "bf16"
+    assert run.reward not in run.evaluate.watch
+    assert run.evaluate.stop.watch in run.evaluate.watch
+    seen = make_pool(run.prompts).prompts.text
+    assert not set(seen) & set(make_pool(run.evaluate.prompts).prompts.text)
+
+
+def test_playground_recipes_clip_by_the_size_of_their_latents():
+    from t2i_align.bench.recipes import METHODS
+    from t2i_align.training.blocks import load_run
+
+    for name, key in {"grpo": "clip", "ddpo": "clip", "prdp": "eps"}.items():
+        assert load_run(ROOT / f"configs/playground/{name}.yaml").method[key] == METHODS[name]["method"][key]

@@ -19,7 +19,7 @@ from t2i_align.pipelines.driver import DriverError
 from t2i_align.pipelines.toy import ToyDenoiser, ToyPipeline, toy_pipeline
 from t2i_align.policy import Policy, PolicyError
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import Scorer, scorer_class
+from t2i_align.rewards import FunctionScorer, Scorer, scorer_class
 from t2i_align.runs import FolderError
 from t2i_align.training import Ctx, Term, TrainingError, World
 from t2i_align.training.blocks import load_run
@@ -29,7 +29,7 @@ from t2i_align.training.health import Health
 from t2i_align.training.honest import look_of, pairwise_distance
 from t2i_align.training.loop import beside
 from t2i_align.training.prompts import Pool, make_pool
-from t2i_align.training.run import move_others, train
+from t2i_align.training.run import move_others, read_config, train
 from t2i_align.training.trackers import Trackers
 from tests.families import FAMILIES
 from tests.test_methods import make
@@ -630,6 +630,44 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one(here):
     with pytest.raises(DriverError, match="for flow-matching schedulers"):
         run(changes={"method.kernel": "flow_sde(0.7)"}, overwrite=True)
     assert Path("run/README.md").exists()
+
+
+def red(images):
+    return images[:, 0].mean((1, 2))
+
+
+def test_a_reward_may_be_an_object_that_going_on_needs_again(here, cli):
+    made = train(CONFIG | {"reward": red}, pipeline=toy_pipeline(size=8), out="run", **{"train.steps": 2})
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["reward"] == "from Python: red"
+    assert "`from Python: red`" in (made.folder / "README.md").read_text()
+    code, _, err = cli("train", "run/config.yaml", "--resume")
+    assert code == 2
+    assert "reward: expected red, an object that no config holds, to be passed again" in err
+    with pytest.raises(FolderError, match="'from Python: red' there, 'from Python: blue' here"):
+        run("run", {"reward": Blue(), "train.steps": 4}, resume=True)
+    assert run("run", {"reward": FunctionScorer(red), "train.steps": 4}, resume=True).step == 4
+
+
+def test_an_object_is_checked_as_a_name_is(here):
+    with pytest.raises(ConfigError, match="differentiable one for draft but red is not.*differentiable=True"):
+        run(changes={"reward": red, "method": {"use": "draft", "steps": 3, "batch_size": 4}})
+    with pytest.raises(ConfigError, match="prompts: the scorer telling reads the columns answer"):
+        run(changes={"reward": Telling()})
+    with pytest.raises(ConfigError, match="a sum of two rewards or more"):
+        run(changes={"reward": red, "method.select": "pareto"})
+
+
+def test_prompts_are_asked_for_where_those_of_the_playground_do_not_suit(here):
+    bare = {name: block for name, block in CONFIG.items() if name not in ("prompts", "evaluate")}
+    with pytest.raises(
+        ConfigError, match="an open pipeline without a name is no pipeline of the playground"
+    ) as refused:
+        train(bare | {"evaluate": {"watch": []}}, pipeline=toy_pipeline(size=8))
+    assert "; evaluate.prompts: expected a file of prompts" in str(refused.value)
+    named = bare | {"prompts": {"use": "playground"}, "evaluate": {"prompts": {"use": "playground"}}}
+    assert read_config(named, {}, toy_pipeline(size=8)).prompts.use == "playground"
+    own = load_run(bare | {"model": {"use": "tiny-sd"}, "policy": {"use": "lora"}, "prompts": {"per_round": 4}})
+    assert (own.prompts.use, own.evaluate.prompts.use, own.evaluate.prompts.split) == (*["playground"] * 2, "heldout")
 
 
 def test_prompts_of_a_round_are_keyed_and_differ(here):

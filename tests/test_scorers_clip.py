@@ -19,7 +19,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from t2i_align.data.images import pil_to_tensor
 from t2i_align.playground.world import sample_scenes
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import RewardError, check_reward, load_reward
+from t2i_align.rewards import RewardError, check_reward, load_reward, scorer_class
 from t2i_align.rewards.aesthetic import HEADS, Aesthetic, score_features
 from t2i_align.rewards.aesthetic_v25 import AestheticV25
 from t2i_align.rewards.checkpoints import clip_tokenizer
@@ -511,6 +511,17 @@ def test_missing_weights_are_one_sentence_with_the_command(name, command, tmp_pa
         check_reward(f"tiny_clip + {name}")
     assert f"`{command}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_all_that_a_scorer_lacks_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2I_ALIGN_CACHE", str(tmp_path))
+    for name, base in {
+        "aesthetic_v2.5": "google/siglip-so400m-patch14-384",
+        "hpsv3": "Qwen/Qwen2-VL-7B-Instruct",
+    }.items():
+        missing = scorer_class(name).missing()
+        assert missing.count("download them with") == 1
+        assert missing.endswith(f"&& hf download {base}`.")
 
 
 def test_weights_off_the_hub_are_found_in_the_cache(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from t2i_align.data.preferences import read_preferences
+from t2i_align.jobs import call_notes
 from t2i_align.rewards import Scorer, load_reward
 from t2i_align.training import fit
 from t2i_align.training.blocks import load_run
@@ -285,6 +286,18 @@ def test_a_prompt_that_the_reward_cannot_read_is_refused(cli, tmp_path):
     assert code == 2
     assert "cannot score 'a red dog'" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_that_says_nothing_of_its_steps_is_steered_in_20_and_told_so(tmp_path, capsys):
+    from t2i_align.pipelines import load_pipeline
+    from t2i_align.steering.job import SteerJob
+
+    load_pipeline("tiny-sd").save_pretrained(tmp_path / "bare")
+    job = SteerJob(prompts=("a red circle",), pipeline=str(tmp_path / "bare"), rewards="verifier").resolved()
+    assert (job.steps, job.call()["num_inference_steps"]) == (20, 20)
+    (line, *_) = call_notes(job, job.open())
+    assert "bare: 20 steps" in line
+    assert "(defaults from diffusers, and 20 steps of steering's own; --steps" in line
 
 
 def test_steer_is_a_lazy_name_of_the_package():

@@ -19,6 +19,16 @@ def list_models(wanted: bool) -> None:
     raise Exit
 
 
+def list_settings(method: str | None) -> None:
+    if method is None:
+        return
+    from t2i_align.cli.tables import print_settings
+    from t2i_align.steering import method_class
+
+    print_settings(method_class(method))
+    raise Exit
+
+
 def generate(
     prompts: Annotated[
         str, Argument(metavar="PROMPT|FILE", help="A prompt, or a .txt, .jsonl, .csv or .parquet file of prompts.")
@@ -54,7 +64,9 @@ def generate(
         Path | None, Option(help="Folder for the best and worst image of each steered prompt, as preference pairs.")
     ] = None,
     seed: Annotated[int, Option(help="An image depends on prompt, seed and its number alone.")] = 0,
-    steps: Annotated[int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own]")] = None,
+    steps: Annotated[
+        int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own; steered, where unknown, 20]")
+    ] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale. [default: the pipeline's own]")] = None,
     height: Annotated[int | None, Option(min=1, help="Pixels. [default: the pipeline's own]")] = None,
     width: Annotated[int | None, Option(min=1, help="Pixels. [default: the pipeline's own]")] = None,
@@ -84,6 +96,16 @@ def generate(
         bool,
         Option("--models", is_eager=True, callback=list_models, help="List the aliases and their settings, and exit."),
     ] = False,
+    settings_of: Annotated[
+        str | None,
+        Option(
+            "--settings",
+            metavar="METHOD",
+            is_eager=True,
+            callback=list_settings,
+            help="List the settings of a steering method, and exit.",
+        ),
+    ] = None,
 ) -> None:
     """Generate images from prompts; with --steer, steered by rewards."""
     from t2i_align.pipelines.catalog import check_pipeline

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t2i_align.config import Settings
 
 
 def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
@@ -40,6 +43,39 @@ def _known(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _known(inner) for name, inner in value.items()}
     return [_known(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def print_settings(kind: type[Settings]) -> None:
+    """Print the settings of a method: names as `key=value` words have them, defaults, and what they are."""
+    print_table(list(settings_rows(kind)))
+
+
+def settings_rows(kind: type[Settings], above: str = "") -> Iterator[dict[str, object]]:
+    """A row per setting, those of blocks within as `block.name`."""
+    from typing import get_args
+
+    from pydantic_core import PydanticUndefined
+
+    from t2i_align.config import Settings
+
+    for name, field in kind.model_fields.items():
+        blocks = [k for k in (field.annotation, *get_args(field.annotation)) if isinstance(k, type)]
+        block = next((k for k in blocks if issubclass(k, Settings)), None)
+        default: Any = field.get_default(call_default_factory=True)
+        if block is not None and default is not None:
+            yield from settings_rows(block, f"{above}{name}.")
+            continue
+        said = "(needed)" if default is PydanticUndefined else _yaml(default)
+        yield {"setting": f"{above}{name}", "default": said, "what it is": field.description or ""}
+        if block is not None:
+            yield from settings_rows(block, f"{above}{name}.")
+
+
+def _yaml(value: Any) -> str:
+    """A default as a config has it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _cell(value: object) -> str:

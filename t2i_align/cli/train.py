@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from t2i_align.cli.tables import print_json, print_table
+
+
+def list_settings(method: str | None) -> None:
+    if method is None:
+        return
+    from t2i_align.cli.tables import print_settings
+    from t2i_align.methods import read_method
+
+    print_settings(type(read_method({"use": method})[1]))
+    raise Exit
 
 
 def train(
@@ -24,6 +34,12 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing run.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+    settings: Annotated[
+        str | None,
+        Option(
+            metavar="METHOD", is_eager=True, callback=list_settings, help="List the settings of a method, and exit."
+        ),
+    ] = None,
 ) -> None:
     """Train a pipeline on a reward, or, by a config with the block `scorer`, a scorer on preferences or scores.
 

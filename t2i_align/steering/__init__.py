@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_align.config import find_class, load_config
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
-from t2i_align.steering.base import Cost, Ctx, Steered, Steering, SteeringError
+from t2i_align.steering.base import STEPS, Cost, Ctx, Steered, Steering, SteeringError
 from t2i_align.steering.checks import check_columns, check_gradient
 
 if TYPE_CHECKING:
@@ -87,12 +87,12 @@ def steer(
     """Steer a pipeline's samples by a reward.
 
     Args:
-        pipeline: what `load_pipeline` takes; open it there for a GPU.
+        pipeline: what `load_pipeline` takes; a name is opened on the CPU, an open pipeline is used where it lies.
         prompts: one text or many; all are steered together.
         reward: what `load_reward` takes; one that is opened here goes where the pipeline computes.
         method: a name of `METHODS`, `package.module:Class`, or a method with its settings.
-        steps: denoising steps; from the pipeline's card if None.
-        guidance: guidance scale; from the pipeline's card if None.
+        steps: denoising steps; if None those of the table of models or of the pipeline's card, else 20.
+        guidance: guidance scale; if None that of the table of models or of the pipeline's card, else diffusers' own.
         kernel: of the reverse steps, `ddim(1.0)` or the like; the method's own default if None.
         seed: decides the result.
         max_batch: samples that go through the network together.
@@ -118,7 +118,7 @@ def steer(
     judge.check([], table)
     check_gradient(chosen, judge)  # functions of scorers may have none of their own
     keywords = call_keywords(pipeline, steps, guidance) | (call or {})
-    rows = keywords.pop("num_inference_steps", 20)
+    rows = keywords.pop("num_inference_steps", STEPS)
     pipe = opened or load_pipeline(pipeline)
     ctx = Ctx(Driver(pipe, **keywords), judge, rows, None if kernel is None else load_kernel(kernel), seed, max_batch)
     if decoder is not None:

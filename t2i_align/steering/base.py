@@ -25,6 +25,7 @@ from t2i_align.pipelines.kernels import Gaussian, Kernel, Step, ddim, flow_sde, 
 from t2i_align.prompts import Prompts, occurrences
 from t2i_align.rewards.base import Scorer, Scores
 
+STEPS = 20  # of pipelines that say nothing of their own
 Value = Callable[[Tensor, int, Cond], Tensor]  # latents (B, ...), their row of the grid, condition -> (B,)
 
 
@@ -114,7 +115,7 @@ class Ctx:
 
     driver: Driver
     reward: Scorer
-    steps: int = 20
+    steps: int = STEPS
     kernel: Kernel | None = None
     seed: int = 0
     max_batch: int = 16

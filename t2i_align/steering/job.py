@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ from t2i_align.rewards import check_reward, load_reward
 from t2i_align.runs import read_jsonl, write_jsonl, write_text
 from t2i_align.scoring.views import write_pairs
 from t2i_align.steering import load_method, method_class, method_name
-from t2i_align.steering.base import Cost, Ctx, Steered, Steering
+from t2i_align.steering.base import STEPS, Cost, Ctx, Steered, Steering
 from t2i_align.steering.checks import check_columns, check_gradient
 from t2i_align.steering.live import LiveLines, slice_row
 from t2i_align.steering.plots import plot_history
@@ -43,6 +43,11 @@ class SteerJob(GenerateJob):
         default_factory=dict, description="what the prompts' table has besides them: for scorers that read it"
     )
     decoder: str | None = Field(None, description="a small autoencoder for rewards along the way; null: the own one")
+    fallback: ClassVar[str] = f"diffusers, and {STEPS} steps of steering's own"
+
+    def call(self) -> dict[str, Any]:
+        """Keywords of the pipeline's `__call__`, with steps."""
+        return {"num_inference_steps": STEPS} | super().call()
 
     def method(self) -> Steering:
         """The method with its settings."""
@@ -113,7 +118,7 @@ def run_steer(
     read = {name: job.columns[name] for name in reward.columns}  # others do not decide the images
     job = job.model_copy(update={"particles": method.particles, "columns": read})
     job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
-    rows = call.pop("num_inference_steps", 20)
+    rows = call.pop("num_inference_steps")
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
     if job.decoder is not None:
         ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,8 +17,12 @@ from t2i_align.rewards import check_reward, scorer_class
 from t2i_align.rewards.gradients import scorer_names
 from t2i_align.runs import home_of
 
+if TYPE_CHECKING:
+    from t2i_align.rewards import Scorer
+
 GOLD = "verifier"  # watched on the playground
 TRAINED = "reward"  # the trained reward's name among those of an evaluation
+FROM_PYTHON = "from Python: "  # before the name of a reward that was passed as an object, which no config holds
 
 
 class ModelBlock(Settings):
@@ -77,8 +81,10 @@ class PolicyBlock(Settings):
 class Source(Settings):
     """Where prompts come from."""
 
-    use: Literal["playground", "file", "pairs"] = Field(
-        "playground", description="captions of the playground, a file, or images with preferences"
+    use: Literal["playground", "file", "pairs"] | None = Field(
+        None,
+        description="captions of the playground, a file, or images with preferences; null: the playground for its "
+        "own pipelines",
     )
     path: str | None = Field(
         None, description="a .txt, .jsonl, .csv or .parquet file of prompts; of preferences what read_preferences takes"
@@ -93,7 +99,7 @@ class Source(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Source:
-        if (self.use != "playground") != (self.path is not None):
+        if (self.use not in (None, "playground")) != (self.path is not None):
             raise T2IError("Expected use: file with path: FILE, or use: pairs with path: PATH, or neither.")
         if self.use != "pairs" and (self.columns, self.root) != (None, None):
             raise T2IError("Expected columns and root beside use: pairs alone: leave them out.")
@@ -186,7 +192,7 @@ class RunConfig(Settings):
     @field_validator("reward")
     @classmethod
     def _exists(cls, reward: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-        if reward is not None:
+        if reward is not None and not from_python(reward):
             check_reward(reward)
         return reward
 
@@ -214,15 +220,28 @@ class RunConfig(Settings):
 
 
 def leaves(reward: str | dict[str, Any] | None) -> set[str]:
-    """The scorers that a reward is made of, by class: the same one may go by several names."""
-    classes = () if reward is None else map(scorer_class, scorer_names(check_reward(reward)))
+    """The scorers that a reward is made of, by class: the same one may go by several names.
+
+    Those of a reward that was passed as an object are not known.
+    """
+    classes = () if reward is None or from_python(reward) else map(scorer_class, scorer_names(check_reward(reward)))
     return {f"{found.__module__}:{found.__qualname__}" for found in classes}
 
 
-def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+def from_python(reward: Any) -> bool:
+    """Whether a config names a reward that was passed as an object."""
+    return isinstance(reward, str) and reward.startswith(FROM_PYTHON)
+
+
+def load_run(source: Any, overrides: tuple[str, ...] | list[str] = (), scorer: Scorer | None = None) -> RunConfig:
     """The config of a run from a YAML file or a mapping, with `a.b=value` words over it.
 
     The `config.yaml` of a run means that run: `out` is its folder, unless it is given.
+
+    Args:
+        source: a file or a mapping.
+        overrides: what is changed.
+        scorer: the reward, where it is passed as an object; the config then has its name, after `FROM_PYTHON`.
 
     Raises:
         ConfigError: everything that is wrong with it, found without loading any weight; see `checks.problems`.
@@ -233,7 +252,7 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunCon
     config = _filled_in(given)
     if config.out is None:
         config = config.model_copy(update={"out": home_of(source)})
-    found = problems(config)
+    found = problems(config, scorer=scorer)
     if found:
         origin = f" in {source}" if isinstance(source, (str, Path)) else ""
         count = "a problem" if len(found) == 1 else f"{len(found)} problems"
@@ -248,12 +267,17 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = ()) -> RunCon
     return config
 
 
-def _filled_in(config: RunConfig) -> RunConfig:
-    """The config with what suits a pipeline of the playground, where nothing else is said."""
+def on_playground(pipeline: str | None) -> bool:
+    """Whether a pipeline was made for captions of the playground. Raises T2IError for one that is unknown."""
     from t2i_align.pipelines.catalog import card_of
 
+    return pipeline is not None and card_of(pipeline).get("prompts") == "playground"
+
+
+def _filled_in(config: RunConfig) -> RunConfig:
+    """The config with what suits a pipeline of the playground, where nothing else is said."""
     try:
-        playground = config.model.use is not None and card_of(config.model.use).get("prompts") == "playground"
+        playground = on_playground(config.model.use)
     except T2IError:  # the checks say what is wrong with it
         return config
     given = config.evaluate
@@ -261,4 +285,15 @@ def _filled_in(config: RunConfig) -> RunConfig:
     watch = (GOLD,) if playground and (asked or not leaves(GOLD) & leaves(config.reward)) else ()
     features = "tiny_clip" if playground and scorer_class("tiny_clip").missing() is None else None
     changes = {"watch": watch if given.watch is None else given.watch, "features": given.features or features}
-    return config.model_copy(update={"evaluate": given.model_copy(update=changes)})
+    config = config.model_copy(update={"evaluate": given.model_copy(update=changes)})
+    return _with_captions(config) if playground else config
+
+
+def _with_captions(config: RunConfig) -> RunConfig:
+    """The config of a run on a pipeline of the playground, whose captions serve where no prompts are named."""
+    named, e = {"use": "playground"}, config.evaluate
+    if config.prompts.use is None and config.choices is None and not config.prompts.mix:
+        config = config.model_copy(update={"prompts": config.prompts.model_copy(update=named)})
+    if e.prompts.use is None:
+        e = e.model_copy(update={"prompts": e.prompts.model_copy(update=named)})
+    return config.model_copy(update={"evaluate": e})

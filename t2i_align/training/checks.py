@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,27 @@ from t2i_align.methods.base import SamplingSettings
 from t2i_align.methods.forward import NATIVE
 from t2i_align.methods.pareto import PolicyGradientSettings
 from t2i_align.pipelines.kernels import Kernel, load_kernel
-from t2i_align.rewards import Scorer, check_reward, scorer_class
+from t2i_align.rewards import Scorer, WeightedSum, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum
 from t2i_align.rewards.gradients import differentiable, without_gradient
 from t2i_align.runs import folder_problems
-from t2i_align.training.blocks import TRAINED, PromptsBlock, RunConfig
+from t2i_align.training.blocks import FROM_PYTHON, TRAINED, PromptsBlock, RunConfig, Source, from_python, on_playground
 from t2i_align.training.distributed import World
 from t2i_align.training.prompts import make_pool, training_pool
 
 
-def problems(config: RunConfig, world: World | None = None) -> list[str]:
-    """One sentence for everything that would stop a run, none that fits."""
+def problems(config: RunConfig, world: World | None = None, scorer: Scorer | None = None) -> list[str]:
+    """One sentence for everything that would stop a run, none that fits; `scorer`: a reward passed as an object."""
     world = world or World(count=int(os.environ.get("WORLD_SIZE", 1)))
+    if from_python(config.reward) and scorer is None:
+        name = str(config.reward).removeprefix(FROM_PYTHON)
+        return [
+            f"reward: expected {name}, an object that no config holds, to be passed again, from Python: "
+            "t2i.train(config, reward=..., resume=True)"
+        ]
     checks: list[Callable[[RunConfig], Iterator[str]]]
-    checks = [_model, _prompts, _choices, _pareto, _stop, _folder, _libraries]
+    checks = [_model, _sources, partial(_prompts, scorer=scorer), _choices, partial(_pareto, scorer=scorer)]
+    checks += [_stop, _folder, _libraries]
     found: list[str] = []
     for check in checks:
         try:
@@ -101,9 +109,30 @@ def kernels_of(settings: SamplingSettings) -> dict[str, Kernel]:
     return {name: load_kernel(spec) for name, spec in named.items() if spec not in (None, NATIVE)}
 
 
-def _prompts(config: RunConfig) -> Iterator[str]:
+def _sources(config: RunConfig) -> Iterator[str]:
+    """Prompts that are not named; those of the playground suit its pipelines alone, where they are filled in."""
+    blocks: dict[str, tuple[Source, ...]] = {"evaluate.prompts": (config.evaluate.prompts,)}
+    if config.choices is None:
+        blocks = {"prompts": config.prompts.mix or (config.prompts,)} | blocks
+    try:
+        if on_playground(config.model.use):
+            return
+    except T2IError:  # `_model` says what is wrong with it
+        return
+    what = config.model.use or "an open pipeline without a name"
+    for name, sources in blocks.items():
+        if any(source.use is None for source in sources):
+            yield (
+                f"{name}: expected a file of prompts ({name}.use=file {name}.path=FILE) since {what} is no pipeline of "
+                f"the playground, whose captions {name}.use=playground would take"
+            )
+
+
+def _prompts(config: RunConfig, scorer: Scorer | None) -> Iterator[str]:
     pools = {"prompts": training_pool(config), "evaluate.prompts": make_pool(config.evaluate.prompts)}
-    scorers = [] if config.reward is None else [*leaf_classes(check_reward(config.reward))]
+    scorers: list[Scorer | type[Scorer]] = [] if scorer is None else [scorer]
+    if config.reward is not None and scorer is None:
+        scorers += leaf_classes(check_reward(config.reward))
     for name, pool in pools.items():
         watch = config.evaluate.watch or () if name == "evaluate.prompts" else ()
         needed = [*scorers, *(kind for spec in watch for kind in leaf_classes(check_reward(spec)))]
@@ -111,17 +140,18 @@ def _prompts(config: RunConfig) -> Iterator[str]:
             absent = [column for column in kind.columns if column not in pool.prompts.columns]
             if absent:
                 yield f"{name}: the scorer {kind.name} reads the columns {', '.join(absent)}, which are missing"
-    yield from _method(config, pools["prompts"].prompts.columns)
+    yield from _method(config, pools["prompts"].prompts.columns, scorer)
 
 
-def _method(config: RunConfig, columns: Collection[str]) -> Iterator[str]:
+def _method(config: RunConfig, columns: Collection[str], scorer: Scorer | None) -> Iterator[str]:
     """What a method needs of the reward and of the prompts."""
     found, settings = read_method(config.method)
-    blind = without_gradient(config.reward) if found.needs_gradient else []
+    blind = without_gradient(scorer or config.reward) if found.needs_gradient else []
     if blind:
+        own = "" if scorer is None else ", FunctionScorer(f, differentiable=True) if gradients pass through it"
         yield (
             f"reward: expected a differentiable one for {config.method['use']} but {', '.join(blind)} "
-            f"{'is' if len(blind) == 1 else 'are'} not: use {', '.join(differentiable())}, or another method"
+            f"{'is' if len(blind) == 1 else 'are'} not: use {', '.join(differentiable())}{own}, or another method"
         )
     solver = getattr(settings, "solver", NATIVE)
     if solver != NATIVE:
@@ -162,7 +192,8 @@ def _choices(config: RunConfig) -> Iterator[str]:
     from t2i_align.pipelines import call_keywords
 
     job, model, folder = read_job(config.choices), config.model, config.choices
-    if config.prompts != PromptsBlock(per_round=config.prompts.per_round):
+    given = config.prompts.model_copy(update={"use": None}) if config.prompts.path is None else config.prompts
+    if given != PromptsBlock(per_round=config.prompts.per_round):
         yield f"prompts: expected per_round alone, since the prompts are those of {folder}"
     if model.use is None:  # an open pipeline, which nothing is known of
         return
@@ -185,14 +216,18 @@ def _choices(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _pareto(config: RunConfig) -> Iterator[str]:
+def _pareto(config: RunConfig, scorer: Scorer | None) -> Iterator[str]:
     """What needs several rewards and has one, and a language model that cannot be had."""
     _, s = read_method(config.method)
     several = {"select": "pareto", "combine": "gdpo"}
     asked = [f"method.{name}: {value}" for name, value in several.items() if getattr(s, name, None) == value]
     if asked and config.reward is not None:
-        node = check_reward(config.reward)
-        if not isinstance(node, Sum) or len(node.terms) < 2:
+        if scorer is not None:
+            terms = len(scorer.factors) if isinstance(scorer, WeightedSum) else 1
+        else:
+            node = check_reward(config.reward)
+            terms = len(node.terms) if isinstance(node, Sum) else 1
+        if terms < 2:
             yield f"reward: expected a sum of two rewards or more, such as 'a + b', with {' and '.join(asked)}"
     if isinstance(s, PolicyGradientSettings) and s.expand is not None:
         from transformers import AutoConfig

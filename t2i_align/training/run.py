@@ -22,11 +22,11 @@ from t2i_align.pipelines.catalog import check_pipeline, name_of
 from t2i_align.pipelines.driver import Driver
 from t2i_align.policy import Policy, PolicyError
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import load_reward
+from t2i_align.rewards import Scorer, load_reward
 from t2i_align.rewards.features import load_features
 from t2i_align.runs import check_folder, open_folder
 from t2i_align.scorer_training.blocks import ScorerRun, is_scorer_run
-from t2i_align.training.blocks import PolicyBlock, RunConfig, load_run
+from t2i_align.training.blocks import FROM_PYTHON, PolicyBlock, RunConfig, load_run
 from t2i_align.training.card import write_card
 from t2i_align.training.checkpoints import BEST, FREE, State, checkpoints
 from t2i_align.training.checks import kernels_of
@@ -100,7 +100,8 @@ def train(
         resume: go on in the run's folder from its newest checkpoint.
         overwrite: delete an earlier run in the folder.
         minutes: stop, with a checkpoint, after this much training time, that of earlier sessions included.
-        overrides: changes such as `**{"train.steps": 50}`.
+        overrides: changes such as `**{"train.steps": 50}` or `reward=f`: a reward, here and in a mapping, may be a
+            `Scorer` or a callable. The run's `config.yaml` has its name alone, so that going on needs it again.
 
     Raises:
         T2IError: a config that cannot be run, with all problems in one message, before weights are loaded; or a run
@@ -112,12 +113,13 @@ def train(
         refuse_pipeline(pipeline)
         done = train_scorer(config, resume=resume, overwrite=overwrite, minutes=minutes, **overrides)
         return Trained(done.folder, done.step, done.measured, kept_step=done.step)
-    config = read_config(config, overrides, pipeline)
+    config, overrides, scorer = take_reward(config, overrides)
+    config = read_config(config, overrides, pipeline, scorer)
     world = World.join()
     stored = config.model_copy(update={"out": None})  # a run folder may move
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "free": {"train": FREE}}
     world.once(lambda: check_folder(config.folder, stored, **how))  # before weights are loaded
-    parts = make_parts(config, world, pipeline)
+    parts = make_parts(config, world, pipeline, scorer)
     if resume and world.first and not checkpoints(config.folder):
         print(f"note: {config.folder} has no checkpoint to resume from; the run starts", file=sys.stderr)
     if parts.trained_prompts and world.first:
@@ -154,14 +156,31 @@ def train(
     return Trained(folder, state.step, kept, watcher.note(state.step), step)
 
 
-def read_config(config: Any, overrides: Mapping[str, Any], pipeline: DiffusionPipeline | None = None) -> RunConfig:
+def take_reward(config: Any, overrides: dict[str, Any]) -> tuple[Any, dict[str, Any], Scorer | None]:
+    """Config and changes with its name in the place of a reward that is an object; and that object as a scorer."""
+    inside = config.get("reward") if isinstance(config, Mapping) else None
+    reward = overrides.get("reward", inside)
+    if reward is None or isinstance(reward, (str, Path, Mapping)):
+        return config, overrides, None
+    if isinstance(config, Mapping):
+        config = {name: block for name, block in config.items() if name != "reward"}
+    scorer = load_reward(reward)
+    return config, overrides | {"reward": f"{FROM_PYTHON}{scorer.name}"}, scorer
+
+
+def read_config(
+    config: Any,
+    overrides: Mapping[str, Any],
+    pipeline: DiffusionPipeline | None = None,
+    scorer: Scorer | None = None,
+) -> RunConfig:
     """The resolved config, checked. An open pipeline is the base, under its own name where the config has none."""
     source = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
     words = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
     asked = {**(read_mapping(source).get("model") or {}), **overrides.get("model", {})}
     if pipeline is not None and "use" not in asked and "model.use" not in overrides:
         words.append(f"model.use={json.dumps(_known(pipeline))}")
-    return load_run(source, words)
+    return load_run(source, words, scorer)
 
 
 def _known(pipeline: DiffusionPipeline) -> str | None:
@@ -175,13 +194,16 @@ def _known(pipeline: DiffusionPipeline) -> str | None:
     return name or None
 
 
-def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | None = None) -> Parts:
+def make_parts(
+    config: RunConfig, world: World, pipeline: DiffusionPipeline | None = None, scorer: Scorer | None = None
+) -> Parts:
     """Load and connect everything; scorers first, which are small and can refuse the prompts.
 
     Args:
         config: checked.
         world: the processes.
         pipeline: an open one in the place of that of the config.
+        scorer: the reward, where the config has only its name.
 
     Raises:
         T2IError: what cannot serve.
@@ -194,7 +216,7 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     if pipeline is None and device.type == "cuda" and device.index is None and world.count > 1:
         device = resolve_device(f"cuda:{world.local}")
     pool, held_out = training_pool(config), make_pool(config.evaluate.prompts).prompts
-    judges = make_judges(config, device)
+    judges = make_judges(config, device, scorer)
     check_prompts([judges.reward] if judges.reward else [], pool.prompts)
     check_prompts(list(judges.scorers.values()), held_out)
     model, e = config.model, config.evaluate
@@ -221,10 +243,10 @@ def make_parts(config: RunConfig, world: World, pipeline: DiffusionPipeline | No
     return Parts(config, pipe, method, judges, pool, held_out, evaluation_call, device)
 
 
-def make_judges(config: RunConfig, device: torch.device) -> Judges:
-    """The trained reward, if there is one, the watched scorers and the embedding."""
-    e = config.evaluate
-    reward = None if config.reward is None else load_reward(config.reward, device, base=config.model.use)
+def make_judges(config: RunConfig, device: torch.device, scorer: Scorer | None = None) -> Judges:
+    """The trained reward (`scorer`, where the config has only its name), the watched scorers and the embedding."""
+    e, trained = config.evaluate, scorer or config.reward
+    reward = None if trained is None else load_reward(trained, device, base=config.model.use)
     watch = {spec: load_reward(spec, device, base=config.model.use) for spec in e.watch or ()}
     features = None if e.features is None else load_features(e.features)
     if isinstance(features, torch.nn.Module):
