@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
 
-from t2i_align.cli.tables import print_json, print_table
+from t2i_align.cli.tables import print_json, print_settings, print_table
 
 
 def list_settings(method: str | None) -> None:
     if method is None:
         return
-    from t2i_align.cli.tables import print_settings
     from t2i_align.methods import read_method
 
     print_settings(type(read_method({"use": method})[1]))
