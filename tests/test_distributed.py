@@ -52,9 +52,15 @@ LAUNCHED = {
     "policy": {"use": "lora", "rank": 2},
     "method": {"use": "grpo", "group": 2, "steps": 2, "batch_size": 2, "trained_rows": 1.0},
     "reward": "jpeg_compressibility",
-    "prompts": {"size": 8, "per_round": 2},
+    "prompts": {"use": "playground", "size": 8, "per_round": 2},
     "train": {"steps": 2, "learning_rate": 0.001, "log_every": 1, "checkpoint_every": 2},
-    "evaluate": {"every": 2, "prompts": {"size": 1, "split": "heldout"}, "images": 1, "steps": 1, "kl_images": 1},
+    "evaluate": {
+        "every": 2,
+        "prompts": {"use": "playground", "size": 1, "split": "heldout"},
+        "images": 1,
+        "steps": 1,
+        "kl_images": 1,
+    },
     "log": {"tensorboard": False},
 }
 SHARDABLE = [name for name, block in METHODS.items() if method_class(block["use"]).shardable]

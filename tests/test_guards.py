@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_trust_by_hand():
     scores = data.scores._replace(
         total=torch.tensor([1.0, 3.0, 0.0, 4.0]), std=torch.tensor([0.0, 0.5, 1.0, float("nan")])
     )
-    data = data.__class__(data.traj, scores, 2, 0, 0, 2.0)
+    data = replace(data, scores=scores, group=2, discount=2.0)
     wanted = [1.0, math.exp(-1 / math.sqrt(2.5)), math.exp(-2 / math.sqrt(2.5)), 0.0]
     assert data.trust.tolist() == pytest.approx(wanted)
 

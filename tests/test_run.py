@@ -467,6 +467,7 @@ def test_the_result_is_of_the_evaluation_that_it_says_where_the_newest_checkpoin
 def test_best_weights_that_are_gone_are_taken_from_their_checkpoint(here, capsys):
     kept = PEAK | {"train.keep": 9}
     run(changes=kept)
+    Path("run/checkpoints/best.pt").unlink()  # it is one file with the step's
     Path("run/checkpoints/best.pt").write_bytes(b"half")
     done = run(changes=kept, resume=True)
     assert (done.kept["step"], content("run", "best")["step"]) == (2, 2)
@@ -810,7 +811,9 @@ def test_what_is_watched_where_nothing_is_said(here, capsys):
     assert watched("verifier", evaluate={"watch": []}) == ((), False)
     stop = {"stop": {"watch": "verifier", "patience": 3}}
     assert watched("verifier", evaluate=stop) == (("verifier",), False)
-    assert watched("tiny_pick", model={"use": None}) == ((), True)
+    captions = {"use": "playground"}
+    off = {"model": {"use": None}, "prompts": captions, "evaluate": {"prompts": captions}}
+    assert watched("tiny_pick", **off) == ((), True)
 
 
 @pytest.mark.parametrize(

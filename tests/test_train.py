@@ -327,7 +327,7 @@ def test_a_wrong_ratio_is_found_before_the_update_that_has_it(tmp_path):
                 yield term._replace(stats={"ratio": torch.tensor([1.0, 1.5 if ctx.step == 2 else 1.0])})
 
     method = Off()
-    with pytest.raises(TrainingError, match="to be 1 before the first update on them but it is off by 0.5"):
+    with pytest.raises(TrainingError, match="to be 1 before the first update on them, to 0.001, but it is off by 0.5"):
         fit(method, rows, settings(checkpoint_every=2), tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "step-00000002.pt", weights_only=True)
     assert torch.equal(method.linear.weight, saved["weights"]["linear.weight"])
