@@ -65,20 +65,23 @@ def memory(name):
     return int(line.split()[1]) * 1024
 
 
-MEASURED = {  # the group's share that goes through the network together, and other settings
-    "LoRA": (1, []),
-    "all weights, averaged, in batches": (4, ["policy.use=full", "train.ema=0.9"]),
+DRAFT = {"method": {"use": "draft", "steps": 2, "keep": 2}, "reward": "tiny_clip"}
+MEASURED = {  # batches of a group, other blocks, and other settings
+    "LoRA": (1, {}, []),
+    # moments are there from the second update on
+    "all weights, averaged, in batches": (4, {}, ["policy.use=full", "train.ema=0.9", "train.steps=2"]),
+    "through the decoder and a scorer": (1, DRAFT, []),
 }
 
 
 def measure(folder, name):
     """In a process of its own: the plan of a run, and by how much memory grows once libraries are loaded."""
 
-    batches, words = MEASURED[name]
+    batches, blocks, words = MEASURED[name]
 
     def train(group, where):
         size = max(1, group // batches)
-        config = load_run(CONFIG, [f"method.group={group}", f"method.batch_size={size}", *words])
+        config = load_run(CONFIG | blocks, [f"method.group={group}", f"method.batch_size={size}", *words])
         parts = make_parts(config, ALONE)
         fit(parts.method, lambda number: parts.pool.draw(0, number, 1), config.train, where)
         return parts

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t2i_align.arms import parameters
 from t2i_align.data.images import tensor_to_pil
@@ -33,7 +36,7 @@ class Memory(NamedTuple):
     weights: int
     training: int  # gradients, moments, average, frozen copies
     round: int  # latents, log-probs and images
-    activations: int  # a loss term's graph, or the decoder's features
+    activations: int  # of a loss term and its backward pass, or the decoder's features
 
     @property
     def total(self) -> int:
@@ -80,8 +83,8 @@ def make_plan(parts: Parts) -> Plan:
 
     Of evaluations see `evaluations`.
 
-    Activations are the tensors that autograd keeps of the largest loss term, and of decoding the largest input and
-    output of a layer; they grow with the batch, which is measured in full.
+    Activations are the tensors that are there at a time while loss terms are backpropagated, or the largest input and
+    output of a layer while images are decoded; they grow with the batch, which is measured in full.
     """
     config, method = parts.config, parts.method
     s = method.settings
@@ -98,10 +101,12 @@ def make_plan(parts: Parts) -> Plan:
             with autocast(parts.device, config.train):
                 batch = method.collect(ctx, table)
             drawing = time.perf_counter() - started
-        with counted(method.policy.network) as trained, autocast(parts.device, config.train):
-            started = time.perf_counter()
-            graph = largest_graph(method, ctx, batch)
-            training = time.perf_counter() - started
+        with autocast(parts.device, config.train):
+            update = largest_update(method, ctx, batch)
+            with counted(method.policy.network) as trained:
+                started = time.perf_counter()
+                backpropagate(method, ctx, batch)
+                training = time.perf_counter() - started
     finally:
         method.settings = s
         method.zero_grad()
@@ -113,7 +118,7 @@ def make_plan(parts: Parts) -> Plan:
         images=images,
         drawn=round(once / share),
         trained=round(s.epochs * trained[0] / share),
-        memory=Memory(*standing(parts), round(kept / share), max(graph, decoded[0])),
+        memory=Memory(*standing(parts), round(kept / share), max(update, decoded[0])),
         seconds=(drawing + s.epochs * training) / share,
         evaluations=number,
         evaluated=evaluated,
@@ -249,21 +254,46 @@ def largest_layer(pipe: Any) -> Iterator[list[int]]:
             handle.remove()
 
 
-def largest_graph(method: Any, ctx: Ctx, batch: Any) -> int:
-    """Backpropagate a batch's loss terms; the most bytes that autograd keeps of one, weights not counted."""
-    own = {p.untyped_storage().data_ptr() for p in method.policy.network.parameters()}
-    kept: dict[int, int] = {}
-    most = 0
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within and not yet gone, and the most of them at any time: `peak`."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.seen: dict[int, int] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for term in method.losses(ctx, batch):
-            most = max(most, sum(kept.values()))
-            term.loss.backward()
-            kept.clear()
-    return most
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: UntypedStorage) -> None:
+        if storage._cdata in self.seen:
+            return
+        self.seen[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, number: int) -> None:
+        self.live -= self.seen.pop(number)
+
+
+def largest_update(method: OnPolicy, ctx: Ctx, batch: Any) -> int:
+    """Backpropagate a batch's loss terms; the most bytes of tensors that are there at a time.
+
+    What autograd keeps is among them, and what a backward pass computes again; weights and their gradients are not.
+    """
+    for p in method.policy.trainable():
+        p.grad = torch.zeros_like(p)
+    with LiveTensors() as tensors:
+        backpropagate(method, ctx, batch)
+    return tensors.peak
+
+
+def backpropagate(method: OnPolicy, ctx: Ctx, batch: Any) -> None:
+    """All loss terms of a batch, one by one."""
+    for term in method.losses(ctx, batch):
+        term.loss.backward()
