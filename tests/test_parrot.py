@@ -13,7 +13,7 @@ from t2i_align.config import ConfigError, TrainConfig
 from t2i_align.methods import read_method
 from t2i_align.methods.base import Tools
 from t2i_align.methods.expansion import Expander, ExpandSettings, expansion_advantage
-from t2i_align.methods.pareto import PolicyGradient, signed_parts, survivors
+from t2i_align.methods.policy_gradient import PolicyGradient, signed_parts, survivors
 from t2i_align.pipelines.driver import Driver
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts

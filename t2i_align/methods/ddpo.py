@@ -20,7 +20,7 @@ from torch import Tensor
 from t2i_align.advantage import PromptTracker
 from t2i_align.errors import T2IError
 from t2i_align.methods.base import Rollout, Tools, outside, surrogate
-from t2i_align.methods.pareto import PolicyGradient, PolicyGradientSettings
+from t2i_align.methods.policy_gradient import PolicyGradient, PolicyGradientSettings
 from t2i_align.pipelines.kernels import per_dim
 from t2i_align.policy import Policy
 from t2i_align.prompts import Prompts

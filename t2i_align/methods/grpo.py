@@ -22,7 +22,7 @@ from torch import Tensor
 from t2i_align.advantage import Spread, gdpo_advantage, group_advantage
 from t2i_align.errors import T2IError
 from t2i_align.methods.base import Rollout, outside, reward_weights, surrogate
-from t2i_align.methods.pareto import PolicyGradient, PolicyGradientSettings
+from t2i_align.methods.policy_gradient import PolicyGradient, PolicyGradientSettings
 from t2i_align.pipelines.kernels import Gaussian, Kernel, ode, per_dim
 from t2i_align.prompts import Prompts
 from t2i_align.training import Ctx, Term

@@ -13,7 +13,7 @@ from t2i_align.errors import T2IError
 from t2i_align.methods import METHODS, method_class, read_method
 from t2i_align.methods.base import SamplingSettings
 from t2i_align.methods.forward import NATIVE
-from t2i_align.methods.pareto import PolicyGradientSettings
+from t2i_align.methods.policy_gradient import PolicyGradientSettings
 from t2i_align.pipelines.kernels import Kernel, load_kernel
 from t2i_align.rewards import Scorer, WeightedSum, check_reward, scorer_class
 from t2i_align.rewards.expression import Call, Node, Part, Sum

@@ -1,4 +1,4 @@
-"""Parrot: Pareto selection among several rewards, for every policy gradient (arXiv 2401.05675).
+"""What policy gradients share: credit by step, and Parrot, Pareto selection among several rewards (arXiv 2401.05675).
 
     P_k     the images of a prompt told to serve reward k that none of them dominates in all K rewards
     grad J  = sum_k sum_{i in P_k} A_i grad log p(x_i | "<reward k> prompt"),  A_i by reward k alone
