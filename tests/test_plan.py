@@ -17,7 +17,7 @@ from t2i_align.rewards import Scorer
 from t2i_align.training import fit
 from t2i_align.training.blocks import load_run
 from t2i_align.training.distributed import ALONE
-from t2i_align.training.plan import counted, make_plan, standing
+from t2i_align.training.plan import LiveTensors, counted, make_plan, standing
 from t2i_align.training.run import make_parts
 from t2i_align.training.run import train as run
 from tests.families import FAMILIES
@@ -108,6 +108,20 @@ def test_planned_memory_is_near_the_measured_peak(tmp_path, name):
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
     assert 0.75 < found["planned"] / found["measured"] < 1.3
+
+
+def test_weights_are_no_activations():
+    """Views of what was there before, and results written into it, are not counted; what is made and kept is."""
+    pairs = [(torch.nn.Linear(50, 50, bias=False), torch.nn.Tanh()) for _ in range(8)]  # tanh keeps its 200 bytes
+    layers = torch.nn.Sequential(*[layer for pair in pairs for layer in pair]).requires_grad_(False)
+    x = torch.zeros(1, 50, requires_grad=True)
+    with LiveTensors() as tensors:
+        layers(x).sum().backward()
+    assert 8 * 200 <= tensors.peak < 50 * 50 * 4
+    assert tensors.live == 200  # the gradient of x
+    with LiveTensors() as tensors:
+        x.grad.add_(1)
+    assert tensors.peak == 0
 
 
 def test_counts_are_those_of_a_whole_round():

@@ -353,6 +353,7 @@ def test_images_that_are_no_numbers_are_left_out():
     method.tools.driver.decode = lambda *args, **options: decode(*args, **options) * broken
     loss, slope, scores = method.slope(latents.clone(), Prompts.of(["0", "1"]))
     assert scores.total.isnan().tolist() == [False, True]
+    assert all(part.isnan().tolist() == [False, True] for part in scores.parts.values())
     torch.testing.assert_close(slope[0], whole[1][0])
     assert not slope[1].any()
     assert loss == pytest.approx(-float(whole[2].total[0]))

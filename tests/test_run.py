@@ -19,7 +19,7 @@ from t2i_align.pipelines.driver import DriverError
 from t2i_align.pipelines.toy import ToyDenoiser, ToyPipeline, toy_pipeline
 from t2i_align.policy import Policy, PolicyError
 from t2i_align.prompts import Prompts
-from t2i_align.rewards import FunctionScorer, Scorer, scorer_class
+from t2i_align.rewards import FunctionScorer, Scorer, load_reward, scorer_class
 from t2i_align.runs import FolderError
 from t2i_align.training import Ctx, Term, TrainingError, World
 from t2i_align.training.blocks import load_run
@@ -814,6 +814,8 @@ def test_what_is_watched_where_nothing_is_said(here, capsys):
     captions = {"use": "playground"}
     off = {"model": {"use": None}, "prompts": captions, "evaluate": {"prompts": captions}}
     assert watched("tiny_pick", **off) == ((), True)
+    blocks = {"method": {"use": "grpo"}, "reward": "from Python: verifier", "train": {"steps": 1}}
+    assert load_run(blocks, scorer=load_reward("2 * verifier + 0.1 * jpeg_compressibility")).evaluate.watch == ()
 
 
 @pytest.mark.parametrize(

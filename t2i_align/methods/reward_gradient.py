@@ -191,7 +191,7 @@ class RewardGradient(OnPolicy):
             real = images.detach().isfinite().flatten(1).all(1)
             pixels = images.detach().float().where(real[:, None, None, None], 0.0).requires_grad_()
             scores: Scores = self.again(lambda seen: self.tools.reward.scores(seen, prompts), pixels)
-            scores = scores._replace(total=scores.total.where(real.to(scores.total.device), torch.nan))
+            scores = where_real(scores, real)
             rewards = scores.total
             self.check_std(scores)
             if not rewards.requires_grad:
@@ -246,6 +246,16 @@ class RewardGradient(OnPolicy):
             cond = self.tools.driver.encode(table[rows])
         noised = self.process.keyed(ctx, x0, [ids[row] for row in rows], 0)
         return self.settings.pretrain * self.process.error(noised, cond).sum() * len(ids) / len(rows)
+
+
+def where_real(scores: Scores, real: Tensor) -> Scores:
+    """Scores, nan throughout for the images that are not `real` (B,), bool."""
+
+    def kept(values: Tensor) -> Tensor:
+        return values.where(real.to(values.device), torch.nan)
+
+    parts = {name: kept(values) for name, values in scores.parts.items()}
+    return scores._replace(total=kept(scores.total), parts=parts, std=None if scores.std is None else kept(scores.std))
 
 
 def joined(scores: Sequence[Scores]) -> Scores:

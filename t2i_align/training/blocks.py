@@ -208,24 +208,18 @@ class RunConfig(Settings):
         return self.method.get("choices")
 
     @property
-    def watched_in_reward(self) -> tuple[str, ...]:
-        """Those of `evaluate.watch` that are made of scorers of the reward, and so are trained on with it."""
-        trained = leaves(self.reward)
-        return tuple(spec for spec in self.evaluate.watch or () if leaves(spec) & trained)
-
-    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out or f"runs/{self.method['use'].rpartition(':')[2].lower()}")
 
 
-def leaves(reward: str | dict[str, Any] | None) -> set[str]:
-    """The scorers that a reward is made of, by class: the same one may go by several names.
-
-    Those of a reward that was passed as an object are not known.
-    """
-    classes = () if reward is None or from_python(reward) else map(scorer_class, scorer_names(check_reward(reward)))
-    return {f"{found.__module__}:{found.__qualname__}" for found in classes}
+def leaves(reward: str | dict[str, Any] | None, scorer: Scorer | None = None) -> set[type[Scorer]]:
+    """The classes of the scorers that a reward is made of; `scorer`: the reward, where it was passed as an object."""
+    if scorer is not None:
+        return set(map(type, scorer.leaves()))
+    return (
+        set() if reward is None or from_python(reward) else set(map(scorer_class, scorer_names(check_reward(reward))))
+    )
 
 
 def from_python(reward: Any) -> bool:
@@ -249,7 +243,7 @@ def load_run(source: Any, overrides: tuple[str, ...] | list[str] = (), scorer: S
     from t2i_align.training.checks import problems
 
     given = load_config(RunConfig, source, overrides)
-    config = _filled_in(given)
+    config = _filled_in(given, scorer)
     if config.out is None:
         config = config.model_copy(update={"out": home_of(source)})
     found = problems(config, scorer=scorer)
@@ -274,7 +268,7 @@ def on_playground(pipeline: str | None) -> bool:
     return pipeline is not None and card_of(pipeline).get("prompts") == "playground"
 
 
-def _filled_in(config: RunConfig) -> RunConfig:
+def _filled_in(config: RunConfig, scorer: Scorer | None) -> RunConfig:
     """The config with what suits a pipeline of the playground, where nothing else is said."""
     try:
         playground = on_playground(config.model.use)
@@ -282,7 +276,7 @@ def _filled_in(config: RunConfig) -> RunConfig:
         return config
     given = config.evaluate
     asked = given.stop is not None and given.stop.watch == GOLD
-    watch = (GOLD,) if playground and (asked or not leaves(GOLD) & leaves(config.reward)) else ()
+    watch = (GOLD,) if playground and (asked or not leaves(GOLD) & leaves(config.reward, scorer)) else ()
     features = "tiny_clip" if playground and scorer_class("tiny_clip").missing() is None else None
     changes = {"watch": watch if given.watch is None else given.watch, "features": given.features or features}
     config = config.model_copy(update={"evaluate": given.model_copy(update=changes)})

@@ -290,10 +290,14 @@ def _name_best(path: Path) -> None:
     temporary = best.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, temporary)
-    temporary.replace(best)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        temporary.replace(best)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainingError(f"Cannot write {best} ({error}); earlier ones are kept: make room, then resume.") from error
     temporary.unlink(missing_ok=True)  # where both are one file already, replacing does nothing
 
 

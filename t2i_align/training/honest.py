@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from t2i_align.methods.base import OnPolicy
 
 EVALUATIONS = "evaluations.jsonl"
-MEASURES = ("kl", "diversity", "vendi", "sharpness", "saturation")
 
 
 @dataclass
@@ -99,7 +98,11 @@ class Honest(Observer):
     @property
     def watched_in_reward(self) -> tuple[str, ...]:
         """The watched scorers that are trained on all the same, as parts of the reward."""
-        return self.config.watched_in_reward if self.method.learns_reward else ()
+        if not self.method.learns_reward or self.judges.reward is None:
+            return ()
+        trained = set(map(type, self.judges.reward.leaves()))
+        watched = ((name, self.judges.scorers[name]) for name in self.judges.watch)
+        return tuple(name for name, scorer in watched if trained & set(map(type, scorer.leaves())))
 
     def due(self, step: int) -> bool:
         """Whether a step, the first of a round, is evaluated: the first one at or after each multiple, and the last."""
@@ -137,7 +140,8 @@ class Honest(Observer):
         if best is None and self.rows[-1]["step"] != step:
             said += f"Its last evaluation, and the scores here, are those of update {self.rows[-1]['step']}. "
         if best is not None and best["step"] == 0 and step:
-            said += "No later evaluation was better than the first, so the weights are those that the run began with. "
+            how = "within the budget" if e.stop is None else "better than the first"
+            said += f"No later evaluation was {how}, so the weights are those that the run began with. "
         return said.strip()
 
     def comparisons(self, row: dict[str, Any]) -> dict[str, Comparison]:
@@ -200,7 +204,10 @@ class Honest(Observer):
             row |= {"kl": 0.0, "chi2": 0.0} if is_base else drift_from_base(self.method, some, state.config.seed)
         row["seconds"] = round(time.perf_counter() - started, 2)
         self._keep_pictures(images, state.step, is_base)
-        if self._best_of([*self.rows, row]) is row:
+        best = self._best_of([*self.rows, row]) is row
+        if state.sharded:  # all processes write, or none: rounding may tell them different things
+            best = self.world.collect(best)[0]
+        if best:
             write_best(self.folder, state, self.world.first)
         if not self.world.first:
             return row

@@ -129,7 +129,7 @@ def fit(
                 progress.update(state.step, **beside(shown))
     if tally.seconds:  # of updates after the last row
         write_row()
-    if saved != state.step or not checkpoints(folder):
+    if saved != state.step or world.once(lambda: not checkpoints(folder)):
         world.once(lambda: write_checkpoint(folder, state, world.first), state.sharded)
     method.eval()
     return state

@@ -203,6 +203,7 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
         yield batch
     elif isinstance(batch, Rollout):
         yield from (batch.traj.x, batch.traj.log_prob)
+        yield from (tensor for tensor in (batch.means, batch.previews) if tensor is not None)
     elif isinstance(batch, tuple):
         for part in batch:
             yield from tensors_of(part)
@@ -264,9 +265,10 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        given = {storage._cdata for storage in storages((args, kwargs))}  # views and results in place are of these
+        for storage in storages(made):
+            if storage._cdata not in given:
+                self._count(storage)
         return made
 
     def _count(self, storage: UntypedStorage) -> None:
@@ -279,6 +281,11 @@ class LiveTensors(TorchDispatchMode):
 
     def _forget(self, number: int) -> None:
         self.live -= self.seen.pop(number)
+
+
+def storages(value: Any) -> list[UntypedStorage]:
+    """Of all tensors in a value."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def largest_update(method: OnPolicy, ctx: Ctx, batch: Any) -> int:

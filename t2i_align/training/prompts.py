@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i_align.choices import read_choices
-from t2i_align.data.preferences import read_preferences
+from t2i_align.data.preferences import CHOICES, PAIRS_FILE, read_preferences
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator
 from t2i_align.playground.grammar import KINDS
@@ -121,12 +121,15 @@ def read_pairs(source: Source) -> Prompts:
     """The pairs of a source that are no ties, a row each; or its single images, where it has no pairs."""
     assert source.path is not None
     columns = None if source.columns is None else tuple(source.columns.items())
-    changed = Path(source.path).stat().st_mtime_ns if Path(source.path).exists() else 0
+    files = [Path(source.path), *(Path(source.path) / name for name in (PAIRS_FILE, CHOICES))]
+    changed = tuple(file.stat().st_mtime_ns for file in files if file.exists())
     return _read_pairs(source.path, columns, source.root, changed)
 
 
 @lru_cache(maxsize=4)  # a run's checks read what it then trains on
-def _read_pairs(path: str, columns: tuple[tuple[str, str], ...] | None, root: str | None, changed: int) -> Prompts:
+def _read_pairs(
+    path: str, columns: tuple[tuple[str, str], ...] | None, root: str | None, changed: tuple[int, ...]
+) -> Prompts:
     found = read_preferences(path, None if columns is None else dict(columns), root)
     if found.problems:
         print(f"note: {path}: {found.summary()}", file=sys.stderr)
