@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+from PIL import Image
 from pydantic import Field
 
 from t2i_align.config import Settings
@@ -203,6 +204,13 @@ def run_generate(
             append_jsonl(results, [row])
             rows.append(row)
             progress.advance()
+    size = Image.open(folder / rows[0]["image"]).size
+    if any(asked not in (None, made) for asked, made in zip((job.width, job.height), size, strict=True)):
+        print(
+            f"note: pictures are {size[0]}x{size[1]}, not {job.width or size[0]}x{job.height or size[1]} as asked: "
+            f"{job.pipeline} rounds sizes to what its latents can be",
+            file=sys.stderr,
+        )
     rows.sort(key=lambda row: (row["row"], row["particle"]))
     shown = [folder / row["image"] for row in rows[: SHEET_ROWS * job.particles]]
     write_sheet(folder / "contact_sheet.png", shown, job.particles, job.prompts)

@@ -124,7 +124,7 @@ def read_prompt_file(path: str | Path) -> Prompts:
         T2IError: no such file, not one of prompts, or empty.
     """
     if not Path(path).is_file():
-        raise T2IError(f"No such file of prompts: {path}.")
+        raise T2IError(f"No such file of prompts: {path}, seen from {Path.cwd()}.")
     if Path(path).suffix.lower() not in (".txt", *TABLES):
         raise T2IError(f"Expected a file of prompts ending in .txt, {', '.join(TABLES)} but got {path}.")
     return read_prompts(path)

@@ -117,6 +117,13 @@ def test_score_reports_bad_rows_scores_the_rest_and_exits_with_3(cli, tmp_path):
     assert "--overwrite" in err
 
 
+def test_a_size_that_the_latents_cannot_have_is_said(cli, tmp_path):
+    size = ["--pipeline", "tiny-turbo", "--height", 63, "--particles", 1]
+    code, _, err = cli("generate", "a red circle", *size, "--out", tmp_path / "a")
+    assert code == 0
+    assert "note: pictures are 64x64, not 64x63 as asked: tiny-turbo rounds sizes" in err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -193,6 +193,19 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_rows(here):
         run("parts", {"train.ema": 0.9}, resume=True)
 
 
+def test_a_finished_run_cannot_end_earlier(here, capsys):
+    run(changes={"train.steps": 4})
+    with pytest.raises(ConfigError, match="train.steps of 4 or more, the updates that run has made, but got 2"):
+        run(changes={"train.steps": 2}, resume=True)
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["train"]["steps"] == 4
+    capsys.readouterr()
+    assert run(changes={"train.steps": 6}, resume=True).step == 6
+    assert "going on at update 4 of 6" in capsys.readouterr().err
+    card = Path("run/README.md").read_text()
+    assert "| scorer | before | at update 6 | gain |" in card
+    assert "the base above, update 6 below" in card
+
+
 def test_a_run_goes_on_beyond_its_first_end(here):
     run("whole")
     run("parts", {"train.steps": 4})

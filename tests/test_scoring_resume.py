@@ -408,5 +408,6 @@ def test_a_job_of_one_process_goes_on_with_two(tmp_path, cli, monkeypatch):
     done = launch([*WORDS, "two.csv"], tmp_path, *TORCHRUN.split())
     summary = json.loads(done.stdout.splitlines()[0])
     assert (summary["failed"], summary["scored"]) == (1, 60 - 3 * 8), done.stderr
+    assert [set(row) for row in summary["failures"]] == [{"image", "error"}]
     assert "exitcode  : 3" in done.stderr  # a launcher turns the exit code of a failed row into its own
     assert Path("two.csv").read_bytes() == Path("one.csv").read_bytes()

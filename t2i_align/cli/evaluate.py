@@ -74,7 +74,7 @@ def _print(comparisons: Mapping[str, Comparison], tuned: bool) -> None:
     for name, row in comparisons.items():
         line = {"scorer": name, "base": str(row.base)}
         if tuned:
-            line |= {"tuned": str(row.tuned), "gain": str(row.gain), "wins": f"{100 * row.win_rate:.0f} %"}
+            line |= {"tuned": str(row.tuned), "gain": str(row.gain), "wins, ties half": f"{100 * row.win_rate:.0f} %"}
         rows.append(line | {"prompts": str(row.prompts), "invalid": str(row.invalid)})
     print_table(rows, "means over prompts [95 % interval]")
 

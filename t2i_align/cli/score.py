@@ -119,6 +119,7 @@ def score(
     if as_json:
         numbers = {name: numbers.as_dict() for name, numbers in summary.scores.items()}
         said = {"rows": summary.rows, "failed": summary.failed, "out": str(out), "scores": numbers}
+        said["failures"] = [{name: row[name] for name in ("image", "error")} for row in summary.failures]
         print_json(said | {"scored": outcome.scored, "seconds": outcome.seconds, "waited": outcome.waited})
     else:
         _print(summary, out, outcome, written)

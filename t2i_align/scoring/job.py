@@ -96,8 +96,8 @@ def score_file(
     """Score `rows` into the file `out`.
 
     Finished chunks of `CHUNK_BATCHES` batches go to the folder `OUT.partial` at once; the file itself appears when all
-    is done. A row that cannot be read or scored has null scores and the reason in its `error` column. Chunks are
-    scored independently of each other, so the table does not depend on interruptions or on the number of processes.
+    is done. A row that cannot be read or scored has null for what is missing and the reason in its `error` column.
+    Chunks are scored independently of each other, so the table does not depend on interruptions or on processes.
 
     Args:
         rows: gone through twice, so no iterator.

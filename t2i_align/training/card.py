@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_align.runs import write_text
+from t2i_align.training.curves import MEASURES
 
 if TYPE_CHECKING:
     from t2i_align.policy import Policy
@@ -36,7 +37,7 @@ prompts with 95 % intervals. {trained}
 {measures}
 
 ![curves](curves.png)
-![the base above, the result below](samples/step-{step:06d}.png)
+![the base above, update {step} below](samples/step-{step:06d}.png)
 
 ## Use
 
@@ -129,7 +130,9 @@ def snippet(result: Path) -> str:
 
 def score_table(watcher: Honest, kept: dict[str, Any]) -> str:
     """A Markdown table of the scorers before and after."""
-    lines = ["| scorer | before | after | gain | prompts that got better |", "| --- | --- | --- | --- | --- |"]
+    after = f"at update {kept['step']}"
+    lines = [f"| scorer | before | {after} | gain | prompts that got better, ties half |"]
+    lines.append("| --- | --- | --- | --- | --- |")
     for name, found in watcher.comparisons(kept).items():
         lines.append(f"| {name} | {found.base} | {found.tuned} | {found.gain} | {100 * found.win_rate:.0f} % |")
     return "\n".join(lines)
@@ -137,8 +140,8 @@ def score_table(watcher: Honest, kept: dict[str, Any]) -> str:
 
 def measure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """A Markdown table of what was measured besides."""
-    lines = ["| measure | before | after |", "| --- | --- | --- |"]
-    for name in ("kl", "diversity", "vendi", "sharpness", "saturation"):
+    lines = [f"| measure | before | at update {after['step']} |", "| --- | --- | --- |"]
+    for name in MEASURES:
         if name in before:
             lines.append(f"| {name} | {before[name]:.4g} | {after[name]:.4g} |")
     return "\n".join(lines)

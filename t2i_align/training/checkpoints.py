@@ -245,6 +245,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*.pt"))
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint of a run folder, by its name; 0 without one."""
+    found = checkpoints(folder)
+    return int(found[-1].stem.rpartition("-")[2]) if found else 0
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """The file of a step."""
     return folder / "checkpoints" / f"step-{step:08d}.pt"

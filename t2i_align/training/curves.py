@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 GRAY, BLUE = "#b0b7bf", "#3b6ea5"
+MEASURES = ("kl", "diversity", "vendi", "sharpness", "saturation")  # of an evaluation besides scores
 COLUMNS, WIDTH, HEIGHT = 3, 3.4, 2.3  # panels in a row, inches of one
 TITLES = {
     "reward": "trained reward",
@@ -29,8 +30,7 @@ def plot_curves(
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
-    extra = ("kl", "diversity", "vendi", "sharpness", "saturation")
-    names = [*scorers, *(name for name in extra if name in rows[0])]
+    names = [*scorers, *(name for name in MEASURES if name in rows[0])]
     lines = -(-len(names) // COLUMNS)
     figure = Figure(figsize=(COLUMNS * WIDTH, lines * HEIGHT), layout="constrained", dpi=110)
     panels = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
@@ -39,7 +39,7 @@ def plot_curves(
         values = [row[name] for row in rows]
         axes.axhline(values[0], color=GRAY, linewidth=1)
         axes.plot(steps, values, ".-", color=BLUE)
-        axes.set_title(title_of(name, name not in extra, name in trained), fontsize=8, parse_math=False)
+        axes.set_title(title_of(name, name not in MEASURES, name in trained), fontsize=8, parse_math=False)
         axes.set_xlabel("updates", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)

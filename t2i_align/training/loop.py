@@ -168,6 +168,8 @@ def _open(state: State, folder: Path, resume: bool, world: World) -> None:
         raise TrainingError(f"{folder} already holds a run; resume it or choose another folder.")
     if found:
         state.load(found[-1])
+        if world.first:
+            print(f"going on at update {state.step} of {state.config.steps}", file=sys.stderr)
 
     def clear() -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

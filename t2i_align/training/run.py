@@ -28,7 +28,7 @@ from t2i_align.runs import check_folder, open_folder
 from t2i_align.scorer_training.blocks import ScorerRun, is_scorer_run
 from t2i_align.training.blocks import FROM_PYTHON, PolicyBlock, RunConfig, load_run
 from t2i_align.training.card import write_card
-from t2i_align.training.checkpoints import BEST, FREE, State, checkpoints
+from t2i_align.training.checkpoints import BEST, FREE, State, checkpoints, newest_step
 from t2i_align.training.checks import kernels_of
 from t2i_align.training.distributed import World
 from t2i_align.training.honest import Honest, Judges
@@ -119,6 +119,11 @@ def train(
     stored = config.model_copy(update={"out": None})  # a run folder may move
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "free": {"train": FREE}}
     world.once(lambda: check_folder(config.folder, stored, **how))  # before weights are loaded
+    if resume and (made := newest_step(config.folder)) > config.train.steps:
+        raise ConfigError(
+            f"Expected train.steps of {made} or more, the updates that {config.folder} has made, but got "
+            f"{config.train.steps}: leave it out, or train in another folder."
+        )
     parts = make_parts(config, world, pipeline, scorer)
     if resume and world.first and not checkpoints(config.folder):
         print(f"note: {config.folder} has no checkpoint to resume from; the run starts", file=sys.stderr)
