@@ -4,8 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import t2i_align.bench.hacking_study as study_module
 from t2i_align.bench.hacking_report import (
     BEGIN,
     END,
@@ -27,7 +30,7 @@ QUICK = (
 
 
 @pytest.mark.parametrize("method", ["draft", "grpo"])
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("guard", ["none", "lcb", "kl", "stop"])
 def test_cells(guard, method, tmp_path):
     config = Cell(guard, 1, 2_048, method).config(tmp_path)
     assert config.train.steps // config.evaluate.every == LOOKS
@@ -35,8 +38,8 @@ def test_cells(guard, method, tmp_path):
     assert config.method["beta" if method == "grpo" else "kl"] > 0 or guard != "kl"
     assert make_pool(config.prompts).prompts.text == make_pool(config.evaluate.prompts).prompts.text
     (reward,) = config.reward.values()
-    trained = {"lcb": {"use": "lcb(tiny_pick, k=1)"}, "warm": {"use": "tiny_pick"}}
-    assert reward == trained.get(guard, {"use": "tiny_pick", "options": {"sibling": 1}})
+    alone = {"use": "tiny_pick", "options": {"sibling": 1}}
+    assert reward == ({"use": "lcb(tiny_pick, k=1)"} if guard == "lcb" else alone)
 
 
 def test_names_and_refusals(tmp_path):
@@ -67,6 +70,22 @@ def test_a_run_is_measured_on_its_way_and_judged_on_other_prompts(tmp_path, monk
     assert study.progress(cell) == "done"
     with pytest.raises(T2IError, match="other prompts or images"):
         Study(tmp_path / "out", tmp_path / "runs", prompts=3).run(cell)
+
+
+def test_warm_makes_its_networks_and_trains_on_the_mean_of_their_weights(tmp_path, monkeypatch):
+    small = {"data": {"use": "playground", "prompts": 4, "batch": 2}, "train": {"steps": 1, "learning_rate": 1e-4}}
+    monkeypatch.setattr(study_module, "NETWORKS", study_module.NETWORKS | small | {"evaluate": {"share": 0.5}})
+    monkeypatch.setattr(study_module, "LOOKS", 2)
+    study = Study(tmp_path / "out", tmp_path / "runs", prompts=2)
+    results = [study.run(Cell(guard, 0, 2, label="quick", words=QUICK)) for guard in ("warm", "member")]
+    folders = [tmp_path / "runs" / "networks.s0" / part / "scorer" for part in ("", "member-0", "member-1", "member-2")]
+    mean, *members = (load_file(folder / "open_clip_model.safetensors") for folder in folders)
+    name = "visual.conv1.weight"
+    assert not torch.equal(members[0][name], members[1][name])
+    assert torch.allclose(mean[name], sum(member[name] for member in members) / 3)
+    rewards = [result["reward"]["tiny_pick"]["use"] for result in results]
+    assert rewards == [str(folder) for folder in folders[:2]]
+    assert results[0]["scores"] != results[1]["scores"]
 
 
 def made(guard, seed, beta, kept=None, final=0.0):

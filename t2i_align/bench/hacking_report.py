@@ -18,7 +18,7 @@ from torch import Tensor
 
 from t2i_align.bench.efficiency import Points, crossing
 from t2i_align.bench.hacking import number, peak_of
-from t2i_align.bench.hacking_study import GUARDS, LOOKS
+from t2i_align.bench.hacking_study import CONTROLS, GUARDS, LOOKS, UNGUARDED
 from t2i_align.bench.pages import Picture, Shown, fill_in
 from t2i_align.bench.steering_report import Estimate, estimate
 from t2i_align.bench.training_report import markdown, signed
@@ -26,8 +26,7 @@ from t2i_align.data.images import contact_sheet
 from t2i_align.rewards.diagnostics import Curve, fit_overoptimisation
 
 BEGIN, END = "<!-- hacking study: begin -->", "<!-- hacking study: end -->"
-UNGUARDED = "none"
-COLORS = {"none": "#222222", "lcb": "#3b6ea5", "kl": "#2a9d5c", "stop": "#b8860b", "warm": "#b0413e"}
+COLORS = {"none": "#222222", "lcb": "#3b6ea5", "kl": "#2a9d5c", "stop": "#b8860b", "warm": "#b0413e", "member": "#8a8f98"}
 
 Result = dict[str, Any]
 
@@ -146,16 +145,19 @@ def findings(lines: Sequence[Line], base: Result) -> list[str]:
             f"{line.guard}: the weights that are kept have gold {kept:+.2f} and proxy {line.kept('proxy'):+.2f} base "
             f"standard deviations, {share}; on other held-out prompts gold {signed(line.final(base, 'gold'))}."
         )
-    for line in lines if UNGUARDED in mine else ():
-        if line.guard != UNGUARDED:
-            pairs = (
-                zip(*line.finals(base, "gold"), strict=True),
-                zip(*mine[UNGUARDED].finals(base, "gold"), strict=True),
-            )
-            means = [[fmean(values) for values in seeds] for seeds in pairs]
-            less = estimate([a - b for a, b in zip(*means, strict=True)])
-            verdict = ("keeps more" if less.mean > 0 else "keeps less") if less.sure else "keeps no more, measurably,"
-            said.append(f"{line.guard} {verdict} than no guard: held-out gold {signed(less)}, paired by prompt.")
+    for line in lines:
+        control = CONTROLS.get(line.guard, UNGUARDED)
+        if control == line.guard or control not in mine:
+            continue
+        both = {run["seed"] for run in line.runs} & {run["seed"] for run in mine[control].runs}
+        if not both:
+            continue
+        pairs = ([run for run in each.runs if run["seed"] in both] for each in (line, mine[control]))
+        means = [map(fmean, zip(*(run["scores"]["gold"] for run in runs), strict=True)) for runs in pairs]
+        less = estimate([a - b for a, b in zip(*means, strict=True)])
+        verdict = ("keeps more" if less.mean > 0 else "keeps less") if less.sure else "keeps no more, measurably,"
+        against = "no guard" if control == UNGUARDED else control
+        said.append(f"{line.guard} {verdict} than {against}: held-out gold {signed(less)}, paired by prompt.")
     return said
 
 

@@ -8,7 +8,8 @@ reward further than many prompts do; gold is the verifier. A cell is a run with 
     lcb     the lower confidence bound of the three bootstrapped siblings, mean - k std
     kl      the sibling, and a KL to the base in the loss
     stop    the sibling; the run ends when gold stops rising, and the best weights are kept
-    warm    the average of the siblings' weights (WARM, arXiv 2401.12187), which is tiny_pick's mean
+    warm    the mean of the weights of whole networks (WARM, arXiv 2401.12187), made on the way from tiny_pick's data
+    member  one of these networks alone: what warm is to be compared with
 
 Every twelfth of a run gold, proxy and KL are measured on the prompts of training; the weights that are kept in the end
 on held-out ones as well. The proxy is tiny_pick's mean for all, whatever is trained on.
@@ -40,6 +41,8 @@ from t2i_align.pipelines import call_keywords, load_pipeline
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.runs import environment, read_jsonl, write_text
+from t2i_align.scorer_training.blocks import ScorerRun, load_scorer_run
+from t2i_align.scorer_training.run import train_scorer
 from t2i_align.training.blocks import RunConfig, load_run
 from t2i_align.training.checkpoints import checkpoints, read_checkpoint
 from t2i_align.training.honest import EVALUATIONS
@@ -68,7 +71,20 @@ GUARDS: dict[str, dict[str, dict[str, Any]]] = {
     "lcb": {"reward": {"use": "lcb(tiny_pick, k=1)"}},
     "kl": {METHOD: {"kl": 2e-4}, "grpo": {"beta": 1e-3}},  # what the proxy gains per nat at a KL of some hundreds
     "stop": {"evaluate": {"stop": {"watch": GOLD, "patience": 3}}},
-    "warm": {"reward": {"use": PROXY}},
+    "warm": {"made": "scorer"},
+    "member": {"made": "member-0/scorer"},
+}
+CONTROLS = {"warm": "member"}  # what guards are compared with; "none" where it is not said
+UNGUARDED = "none"
+
+# The networks of warm: tiny_pick's recipe, in another order of the data and at another rate for each.
+NETWORKS: dict[str, Any] = {
+    "scorer": {"name": PROXY, "use": "tiny_clip", "train": "full", "head": "cosine", "scale": 8.0},
+    "data": {"use": "playground", "prompts": 640, "label_noise": 0.2, "noise": 0.04, "batch": 16},
+    "objective": {"ties": "drop"},
+    "ensemble": {"members": 3, "bootstrap": False, "learning_rates": (3e-5, 5e-5, 1e-4), "combine": "warm"},
+    "train": {"steps": 120, "schedule": "cosine", "warmup": 10, "weight_decay": 0.05, "ema": 0.98},
+    "evaluate": {"every": 60},
 }
 
 Result = dict[str, Any]
@@ -91,10 +107,18 @@ class Cell:
         method = "" if self.method == METHOD else self.method
         return ".".join(part for part in (method, self.guard, f"s{self.seed}", self.label) if part)
 
-    @property
-    def reward(self) -> dict[str, Any]:
-        """What is trained on."""
-        return {PROXY: GUARDS[self.guard].get("reward", {"use": PROXY, "options": {"sibling": self.seed % SIBLINGS}})}
+    def reward(self, work: Path) -> dict[str, Any]:
+        """What is trained on; `work`: folder of the runs."""
+        guard = GUARDS[self.guard]
+        if "made" in guard:
+            return {PROXY: {"use": str(self.networks(work).folder / guard["made"])}}
+        return {PROXY: guard.get("reward", {"use": PROXY, "options": {"sibling": self.seed % SIBLINGS}})}
+
+    def networks(self, work: Path) -> ScorerRun:
+        """The training of the networks of `warm`: others for each seed, from the same pictures."""
+        blocks = laid_over(laid_over(NETWORKS, precision()), {"train": {"seed": self.seed}})
+        blocks["data"] |= {"samples": str(work / "networks")}
+        return load_scorer_run(blocks | {"out": str(work / f"networks.s{self.seed}")})
 
     def config(self, out: Path) -> RunConfig:
         """The config of its run in the folder `out`.
@@ -117,7 +141,7 @@ class Cell:
             **SAMPLER,
             **guard.get("evaluate", {}),
         }
-        blocks |= {"out": str(out), "reward": self.reward, "log": {"tensorboard": False, "pictures": PICTURES}}
+        blocks |= {"out": str(out), "reward": self.reward(out.parent), "log": {"tensorboard": False, "pictures": PICTURES}}
         asked = load_config(RunConfig, blocks, self.words)  # to see the size of a round
         s = read_method(asked.method)[1]
         rounds, updates = self.images // (asked.prompts.per_round * s.group), s.epochs * s.minibatches
@@ -185,6 +209,10 @@ class Study:
         path = self.path(cell)
         if path.is_file():
             return self._known(path, cell)
+        if "made" in GUARDS[cell.guard]:
+            networks = cell.networks(self.work)
+            if not (networks.folder / "README.md").is_file():  # the last that their training writes
+                train_scorer(networks, resume=True)
         config = cell.config(self.work / cell.name)
         found = checkpoints(config.folder)
         spent = read_checkpoint(found[-1])["seconds"] / 60 if found else 0.0
@@ -238,7 +266,8 @@ class Study:
         blocks = ("policy", "prompts", "train")
         return {
             "cell": cell.name,
-            **{name: getattr(cell, name) for name in ("guard", "method", "seed", "label", "words", "reward")},
+            **{name: getattr(cell, name) for name in ("guard", "method", "seed", "label", "words")},
+            "reward": cell.reward(self.work),
             "budget": cell.images,
             "prompts": self.prompts,
             "images": round(state["step"] * per_update),
