@@ -6,9 +6,12 @@ training's own images would not do: each round has other prompts, which differ b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from t2i_align.bench.steering_report import estimate
 
 if TYPE_CHECKING:
     from t2i_align.bench.training_report import Line
@@ -110,14 +113,32 @@ def need_findings(lines: Sequence[Line]) -> Iterator[str]:
             continue
         said = f"{label} needs {need} images for the {need.gain:+.3f} that grpo ends with on {reward}, grpo {against}"
         both = set(need.seeds) & set(against.seeds)
-        share = None
+        share, most = None, math.inf
         if both and need.mean is not None:
             least, missed = against.over(both)
             share = need.over(both)[0] / least
             said += f": {'at most ' * missed}{share:.2f} of them" + " on the seeds of both" * (
                 len(both) < len(against.seeds)
             )
+            if len(both) > 1 and not missed:
+                low, most = ratio_interval(need, against, both)
+                said += f" (95 % interval over {len(both)} seeds: {low:.2f} to {most:.2f})"
         if reward == "clip":
-            yield f"{said}. A fifth at most is {'reached' if share is not None and share <= FIFTH else 'not reached'}."
+            yield f"{said}. A fifth at most is {verdict(share, most, FIFTH, 'reached', 'not reached')}."
         else:
-            yield f"{said}. Fewer than grpo's: {'yes' if share is not None and share < 1 else 'no'}."
+            yield f"{said}. Fewer than grpo's: {verdict(share, most, 1.0, 'yes', 'no')}."
+
+
+def ratio_interval(need: Need, against: Need, seeds: set[int]) -> tuple[float, float]:
+    """The 95 % interval of the ratio of images by seed, Student's t of its logarithm; all seeds get there."""
+    mine, theirs = (dict(zip(each.seeds, each.images, strict=True)) for each in (need, against))
+    logs = [math.log(max(1.0, mine[seed] or 0.0) / max(1.0, theirs[seed] or 0.0)) for seed in sorted(seeds)]
+    mean, half = estimate(logs)
+    return math.exp(mean - half), math.exp(mean + half)
+
+
+def verdict(share: float | None, most: float, bound: float, yes: str, no: str) -> str:
+    """Whether a share keeps within a bound, and whether the upper end of its interval does, too."""
+    if share is None or share > bound:
+        return no
+    return yes if most <= bound or math.isinf(most) else f"{yes} on average, but not by the interval"

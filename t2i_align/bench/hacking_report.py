@@ -26,7 +26,14 @@ from t2i_align.data.images import contact_sheet
 from t2i_align.rewards.diagnostics import Curve, fit_overoptimisation
 
 BEGIN, END = "<!-- hacking study: begin -->", "<!-- hacking study: end -->"
-COLORS = {"none": "#222222", "lcb": "#3b6ea5", "kl": "#2a9d5c", "stop": "#b8860b", "warm": "#b0413e", "member": "#8a8f98"}
+COLORS = {
+    "none": "#222222",
+    "lcb": "#3b6ea5",
+    "kl": "#2a9d5c",
+    "stop": "#b8860b",
+    "warm": "#b0413e",
+    "member": "#8a8f98",
+}
 
 Result = dict[str, Any]
 

@@ -71,9 +71,10 @@ GUARDS: dict[str, dict[str, dict[str, Any]]] = {
     "lcb": {"reward": {"use": "lcb(tiny_pick, k=1)"}},
     "kl": {METHOD: {"kl": 2e-4}, "grpo": {"beta": 1e-3}},  # what the proxy gains per nat at a KL of some hundreds
     "stop": {"evaluate": {"stop": {"watch": GOLD, "patience": 3}}},
-    "warm": {"made": "scorer"},
-    "member": {"made": "member-0/scorer"},
+    "warm": {},
+    "member": {},
 }
+MADE = {"warm": "scorer", "member": "member-0/scorer"}  # guards that train on what their networks' training makes
 CONTROLS = {"warm": "member"}  # what guards are compared with; "none" where it is not said
 UNGUARDED = "none"
 
@@ -109,10 +110,9 @@ class Cell:
 
     def reward(self, work: Path) -> dict[str, Any]:
         """What is trained on; `work`: folder of the runs."""
-        guard = GUARDS[self.guard]
-        if "made" in guard:
-            return {PROXY: {"use": str(self.networks(work).folder / guard["made"])}}
-        return {PROXY: guard.get("reward", {"use": PROXY, "options": {"sibling": self.seed % SIBLINGS}})}
+        if self.guard in MADE:
+            return {PROXY: {"use": str(self.networks(work).folder / MADE[self.guard])}}
+        return {PROXY: GUARDS[self.guard].get("reward", {"use": PROXY, "options": {"sibling": self.seed % SIBLINGS}})}
 
     def networks(self, work: Path) -> ScorerRun:
         """The training of the networks of `warm`: others for each seed, from the same pictures."""
@@ -141,7 +141,8 @@ class Cell:
             **SAMPLER,
             **guard.get("evaluate", {}),
         }
-        blocks |= {"out": str(out), "reward": self.reward(out.parent), "log": {"tensorboard": False, "pictures": PICTURES}}
+        blocks |= {"out": str(out), "reward": self.reward(out.parent)}
+        blocks["log"] = {"tensorboard": False, "pictures": PICTURES}
         asked = load_config(RunConfig, blocks, self.words)  # to see the size of a round
         s = read_method(asked.method)[1]
         rounds, updates = self.images // (asked.prompts.per_round * s.group), s.epochs * s.minibatches
@@ -209,7 +210,7 @@ class Study:
         path = self.path(cell)
         if path.is_file():
             return self._known(path, cell)
-        if "made" in GUARDS[cell.guard]:
+        if cell.guard in MADE:
             networks = cell.networks(self.work)
             if not (networks.folder / "README.md").is_file():  # the last that their training writes
                 train_scorer(networks, resume=True)
