@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from t2i_align.config import find_class, load_config
+from t2i_align.config import ConfigError, find_class, load_config
 from t2i_align.errors import T2IError
 
 if TYPE_CHECKING:
@@ -43,6 +43,20 @@ def read_method(block: Mapping[str, Any]) -> tuple[type[OnPolicy], SamplingSetti
     """
     if not isinstance(block.get("use"), str):
         raise T2IError(f"use is required. Available: {', '.join(METHODS)}.")
-    found = method_class(block["use"])
-    kind = get_type_hints(found)["settings"]
-    return found, load_config(kind, {name: value for name, value in block.items() if name != "use"})
+    use, given = block["use"], {name: value for name, value in block.items() if name != "use"}
+    kind = settings_class(use)
+    try:
+        return method_class(use), load_config(kind, given)
+    except ConfigError as error:
+        strange = set(given) - set(kind.model_fields)
+        owner = next((name for name in METHODS if strange <= set(settings_class(name).model_fields)), None)
+        if not strange or owner is None:
+            raise
+        fresh = f"method='{{use: {use}}}' starts from {use}'s own settings"
+        raise ConfigError(f"{error} {owner} has {', '.join(sorted(strange))}: {fresh}.") from error
+
+
+def settings_class(name: str) -> type[SamplingSettings]:
+    """The settings of a method. Raises T2IError where there is no such method."""
+    kind: type[SamplingSettings] = get_type_hints(method_class(name))["settings"]
+    return kind
