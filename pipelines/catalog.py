@@ -44,7 +44,8 @@ def place_of(name: str | Path) -> Path | str:
             "`t2i-align playground train vae` and `t2i-align playground train sd`."
         )
     if folder.is_dir():
-        raise PipelineError(f"Expected a diffusers pipeline folder but {folder} has no {INDEX}.")
+        run = f": of a run take {folder / 'model'}" if (folder / "model" / INDEX).is_file() else ""
+        raise PipelineError(f"Expected a diffusers pipeline folder but {folder} has no {INDEX}{run}.")
     if is_hub_id(text):
         return text
     known = [*ALIASES, *MODELS]

@@ -82,7 +82,8 @@ def _lora_in(folder: Path) -> Path:
     if len(files) == 1:
         return folder / files[0]
     found = f"several ({', '.join(files)}): name the file" if files else "none"
-    raise PipelineError(f"Expected {LORA_FILE} or a single .safetensors file in {folder} but found {found}.")
+    run = f": of a run take {folder / 'lora'}" if (folder / "lora").is_dir() else ""
+    raise PipelineError(f"Expected {LORA_FILE} or a single .safetensors file in {folder} but found {found}{run}.")
 
 
 def check_takes_lora(kind: type[DiffusionPipeline] | None, folder: Path) -> None:

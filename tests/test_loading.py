@@ -122,6 +122,16 @@ def test_unknown_pipelines_are_refused_in_a_sentence(name, message, tmp_path, mo
         load_pipeline(name)
 
 
+def test_the_folder_of_a_run_is_told_from_its_result(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "lora").mkdir()
+    (tmp_path / "run" / "model" / "model_index.json").write_text("{}")
+    with pytest.raises(PipelineError, match="of a run take .*run/model"):
+        load_pipeline(tmp_path / "run")
+    with pytest.raises(PipelineError, match="of a run take .*run/lora"):
+        load_pipeline("tiny-sd", lora=tmp_path / "run")
+
+
 def test_a_pipeline_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(PipelineError, match="Cannot open the pipeline"):
