@@ -82,7 +82,7 @@ def calibrate(
         jobs = [(row, particle) for row in rows for particle in range(particles)]
         images: list[Image.Image] = []
         samples = generate_samples(pipe, table, jobs, seed=key(seed, "calibrate"), batch_size=batch_size, **call)
-        with Progress(len(jobs), "sampling and scoring") as progress:
+        with Progress(len(jobs), "sampling and scoring", batch=batch_size) as progress:
             for sample in samples:
                 images.append(sample.image)
                 if len(images) == particles:

@@ -40,7 +40,7 @@ def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> tuple[list[dic
     jobs = [(row, particle) for row in range(len(job.prompts)) for particle in range(PARTICLES)]
     images = []
     started = time.perf_counter()
-    with Progress(len(jobs), "generating") as progress:
+    with Progress(len(jobs), "generating", batch=PARTICLES) as progress:
         for sample in generate_samples(pipe, Prompts(job.prompts), jobs, seed=seed, batch_size=PARTICLES, **call):
             sample.image.save(folder / "images" / f"{sample.row:05d}-{sample.particle:03d}.png")
             images.append(sample.image)

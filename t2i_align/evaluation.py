@@ -171,7 +171,7 @@ def draw(
     """
     jobs = [(row, number) for row in range(len(prompts)) for number in range(images)]
     made = []
-    with Progress(len(jobs), label, shown=shown) as progress:
+    with Progress(len(jobs), label, shown=shown, batch=batch_size) as progress:
         for sample in generate_samples(pipe, prompts, jobs, seed=seed, batch_size=batch_size, told=told, **call):
             made.append(sample.image)
             progress.advance()

@@ -190,7 +190,7 @@ def run_generate(
     else:
         options |= {"steps": call.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
         samples = kernel_samples(Driver(pipe, **call), table, jobs, **options)
-    with Progress(len(table) * job.particles, "generating", start=len(done)) as progress:
+    with Progress(len(table) * job.particles, "generating", start=len(done), batch=batch_size) as progress:
         for sample in samples:
             name = image_name(sample.row, sample.particle)
             sample.image.save(folder / name)

@@ -18,10 +18,11 @@ class Progress:
         label: what is being done.
         start: units done before (a resumed run).
         shown: False for a process whose progress another one shows.
+        batch: units that are made together, though counted one by one; a rate amid them would be far too low.
     """
 
-    def __init__(self, total: int, label: str, start: int = 0, shown: bool = True) -> None:
-        self.total, self.label, self.start, self.shown = total, label, start, shown
+    def __init__(self, total: int, label: str, start: int = 0, shown: bool = True, batch: int = 1) -> None:
+        self.total, self.label, self.start, self.shown, self.batch = total, label, start, shown, batch
         self.done, self.began, self.spoke = start, time.monotonic(), 0.0
         self.bar: Any = None
 
@@ -49,7 +50,9 @@ class Progress:
         text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self.bar is not None:
             self.bar.update(self.task, completed=done, numbers=text)
-        elif self.shown and (time.monotonic() - self.spoke > LINE_EVERY or done >= self.total):
+            return
+        whole = (done - self.start) % self.batch == 0 and time.monotonic() - self.spoke > LINE_EVERY
+        if self.shown and (whole or done >= self.total):
             self.spoke = time.monotonic()
             rate = (done - self.start) / max(1e-9, self.spoke - self.began)
             left = (self.total - done) / rate if rate else 0.0
