@@ -63,8 +63,8 @@ def _draw_rewards(axes: Any, rewards: list[tuple[int, Any]], unit: str) -> None:
         best.append(highest)
     means = [values[np.isfinite(values)].mean() if np.isfinite(values).any() else np.nan for _, values in rewards]
     rows = [row for row, _ in rewards]
-    axes.plot(rows, means, color=BLUE, label="mean")
-    axes.plot(rows, best, color=RED, label="best so far")
+    axes.plot(rows, means, color=BLUE, marker=".", label="mean")
+    axes.plot(rows, best, color=RED, marker=".", label="best so far")
     axes.set_ylabel(unit if len(unit) < 24 else "reward", fontsize=8, parse_math=False)
     _finish(axes, legend=True)
 
