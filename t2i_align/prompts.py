@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from t2i_align.data.tables import TABLES, stream_table
 from t2i_align.errors import T2IError
 
-TABLES = (".jsonl", ".csv", ".parquet")
-PROMPT_COLUMNS = ("prompt", "caption", "text")
+PROMPT_COLUMNS = ("prompt", "caption", "text", "prompts")  # the last is DrawBench's
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,16 @@ def read_prompts(source: str | Path) -> Prompts:
     """Prompts of a file, or `source` itself as the one prompt.
 
     Args:
-        source: a `.txt` (one prompt a line), `.jsonl`, `.csv` or `.parquet` file with a `prompt` column (or `caption`
-            or `text`; other columns are kept), or a prompt.
+        source: a `.txt` (one prompt a line), `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file with a `prompt`
+            column (or `caption`, `text` or `prompts`, in any case; other columns are kept, but for images in a parquet
+            file), or a prompt.
 
     Raises:
         T2IError: a file that is missing, empty or has no prompts.
     """
     path = Path(source)
     if path.suffix.lower() not in (".txt", *TABLES):
-        if path.suffix.lower() in (".json", ".tsv", ".yaml", ".yml", ".parq"):
+        if path.suffix.lower() in (".yaml", ".yml", ".parq", ".xlsx", ".xls"):
             raise T2IError(f"Expected a prompt or a file ending in .txt, {', '.join(TABLES)} but got {source}.")
         if not str(source).strip():
             raise T2IError("Expected a prompt but got an empty text.")
@@ -105,13 +103,14 @@ def read_prompts(source: str | Path) -> Prompts:
         lines = read_text(path).splitlines()
         table = Prompts(tuple(line.strip() for line in lines if line.strip()))
     else:
-        rows = read_table(path)
-        column = find_column(rows, PROMPT_COLUMNS)
-        if column is None:
-            raise T2IError(f"Expected {path} to have a column {' or '.join(PROMPT_COLUMNS)} but it has none.")
-        names = dict.fromkeys(name for row in rows for name in row if name != column)
-        columns = {name: tuple(row.get(name) for row in rows) for name in names}
-        table = Prompts(tuple(str(row.get(column) or "") for row in rows), columns)
+        rows = list(stream_table(path))
+        names = dict.fromkeys(name for row in rows for name in row)
+        column = find_column(names, PROMPT_COLUMNS)
+        if column is None and rows:
+            known = " or ".join(PROMPT_COLUMNS)
+            raise T2IError(f"Expected {path} to have a column {known} but it has {', '.join(names)}.")
+        columns = {name: tuple(row.get(name) for row in rows) for name in names if name != column}
+        table = Prompts(tuple(str(row.get(column or "") or "") for row in rows), columns)
     if not len(table):
         raise T2IError(f"The file {path} has no prompts.")
     return table
@@ -130,38 +129,6 @@ def read_prompt_file(path: str | Path) -> Prompts:
     return read_prompts(path)
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `.jsonl`, `.csv` or `.parquet` file. Raises T2IError where it cannot be read."""
-    kind = path.suffix.lower()
-    if not path.is_file():
-        raise T2IError(f"No such file: {path}.")
-    if kind == ".jsonl":
-        rows = []
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                raise T2IError(f"Line {number} of {path} is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise T2IError(f"Expected line {number} of {path} to be a JSON object but got {line!r:.60}.")
-            rows += [row] if row else []
-        return rows
-    if kind == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(read_text(path))))
-        except csv.Error as error:
-            raise T2IError(f"The file {path} is not a readable csv table: {error}.") from error
-    if kind == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise T2IError(f"The file {path} is not a readable parquet file: {error}.") from error
-    raise T2IError(f"Expected a file ending in {', '.join(TABLES)} but got {path}.")
-
-
 def occurrences(prompts: Prompts) -> list[int]:
     """For each row, how many earlier rows have the same text."""
     seen: dict[str, int] = {}
@@ -172,9 +139,10 @@ def occurrences(prompts: Prompts) -> list[int]:
     return counts
 
 
-def find_column(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
-    """The first of `names` that the rows have."""
-    return next((name for name in names if any(name in row for row in rows)), None)
+def find_column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The column whose name is the first of `wanted` that there is, in capitals or not."""
+    known = {name.lower(): name for name in reversed(list(names))}
+    return next((known[name] for name in wanted if name in known), None)
 
 
 def read_text(path: Path) -> str:

@@ -5,7 +5,7 @@ import pyarrow.parquet
 import pytest
 
 from t2i_align.errors import T2IError
-from t2i_align.prompts import Prompts, find_column, read_prompts, read_table
+from t2i_align.prompts import Prompts, find_column, read_prompts
 
 
 def table():
@@ -107,11 +107,40 @@ def test_parquet(tmp_path):
     assert read.columns == {"seed": (1, None)}
 
 
+def test_sets_of_prompts_as_they_are_published(tmp_path):
+    files = {
+        "parti.tsv": "Prompt\tCategory\tChallenge\tNote\na cat, asleep\tAnimals\tBasic\t\n",
+        "drawbench.csv": 'Prompts,Category\n"a cat, asleep",Colors\n',
+        "refl.json": '[{"text": "a cat, asleep", "image": "x.png"}]',
+        "anime.json": '["a cat, asleep"]',  # HPSv2
+        "geneval.jsonl": '{"tag": "single", "include": [{"class": "cat"}], "prompt": "a cat, asleep"}\n',
+    }
+    columns = {
+        "parti.tsv": {"Category": ("Animals",), "Challenge": ("Basic",), "Note": ("",)},
+        "drawbench.csv": {"Category": ("Colors",)},
+        "refl.json": {"image": ("x.png",)},
+        "anime.json": {},
+        "geneval.jsonl": {"tag": ("single",), "include": ([{"class": "cat"}],)},
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert read_prompts(tmp_path / name) == Prompts(("a cat, asleep",), columns[name])
+    (tmp_path / "styles.json").write_text('{"anime": ["a"]}')
+    with pytest.raises(T2IError, match="to be a list of objects or of texts"):
+        read_prompts(tmp_path / "styles.json")
+
+
+def test_images_in_a_parquet_file_are_no_columns_of_prompts(tmp_path):
+    cell = [{"bytes": b"much", "path": None}]
+    table = pyarrow.table({"caption": ["a"], "jpg_0": [b"much"], "image": cell, "seed": [3]})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == Prompts(("a",), {"seed": (3,)})
+
+
 def test_prompt_column_goes_before_caption_and_text():
-    rows = [{"text": "t"}, {"prompt": "p", "caption": "c"}]
-    assert find_column(rows, ("prompt", "caption", "text")) == "prompt"
-    assert find_column(rows, ("caption", "prompt")) == "caption"
-    assert find_column(rows, ("file",)) is None
+    assert find_column(["text", "caption", "Prompt"], ("prompt", "caption", "text")) == "Prompt"
+    assert find_column(["prompt", "caption"], ("caption", "prompt")) == "caption"
+    assert find_column(["prompt"], ("file",)) is None
 
 
 @pytest.mark.parametrize("name", ["no.txt", "no.jsonl", "no.csv", "no.parquet"])
@@ -149,5 +178,5 @@ def test_broken_files_are_refused(tmp_path):
     with pytest.raises(T2IError, match="not UTF-8"):
         read_prompts(tmp_path / "a.txt")
     (tmp_path / "a.xls").write_text("x")
-    with pytest.raises(T2IError, match="Expected a file ending in"):
-        read_table(tmp_path / "a.xls")
+    with pytest.raises(T2IError, match="Expected a prompt or a file ending in"):
+        read_prompts(tmp_path / "a.xls")

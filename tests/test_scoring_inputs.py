@@ -5,6 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from test_scoring import SETTINGS, Brightness, brightness, picture, score, table_in
@@ -248,6 +250,35 @@ def test_a_shard_cut_short_loses_its_end_and_says_so(tmp_path):
     assert brightness(table)[:3] == [0, 1, 2]
     assert brightness(table)[-1] is None
     assert "cut short" in table[-1]["error"]
+
+
+def test_parquet_files_with_images_inside(tmp_path, monkeypatch):
+    """As the datasets library writes them, as bytes, and without a prompt."""
+
+    def png(level):
+        held = io.BytesIO()
+        Image.new("RGB", (4, 4), (level, level, level)).save(held, "PNG")
+        return held.getvalue()
+
+    cells = [{"bytes": png(level), "path": None} for level in (10, 20, 30)] + [{"bytes": b"half", "path": None}]
+    one = pyarrow.table({"image": cells, "text": ["a", "b", "c", "d"], "seed": [1, 2, 3, 4], "jpg_1": [png(0)] * 4})
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pyarrow.parquet.write_table(one, folder / "train-0.parquet", row_group_size=2)
+    pyarrow.parquet.write_table(pyarrow.table({"picture": [png(40)]}), folder / "train-1.parquet")
+    rows = open_rows(folder)
+    assert rows.layout == "parquet"
+    assert [(row.prompt, row.rest) for row in rows][:2] == [("a", {"seed": 1}), ("b", {"seed": 2})]
+    table = score(rows, tmp_path / "s.jsonl")
+    assert brightness(table) == [10, 20, 30, None, 40]
+    assert table[1]["image"] == str(folder / "train-0.parquet" / "1" / "image")
+    assert "Cannot read the image" in table[3]["error"]
+    assert brightness(score(open_rows(tmp_path / "s.jsonl"), tmp_path / "again.jsonl")) == [10, 20, 30, None, 40]
+    monkeypatch.chdir(folder)
+    assert [row.prompt for row in open_rows("train-0.parquet")] == ["a", "b", "c", "d"]
+    assert [str(row.image) for row in open_rows("train-{1..1}.parquet", "p")] == ["train-1.parquet/0/picture"]
+    picture(folder / "x.png", 1)  # a folder of images may have tables in it
+    assert open_rows(folder).layout == "folder"
 
 
 def test_files_that_are_no_shards_are_refused(tmp_path):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     prompts: Annotated[
-        str, Argument(metavar="PROMPT|FILE", help="A prompt, or a .txt, .jsonl, .csv or .parquet file of prompts.")
+        str, Argument(metavar="PROMPT|FILE", help="A prompt, or a .txt, .jsonl, .json, .csv, .tsv or .parquet file.")
     ],
     rewards: Annotated[str, Option(help="Scorers or sums of scorers, separated by commas.")],
     pipeline: Annotated[str, Option(help="Alias, hub id or folder of a diffusers pipeline.")] = "tiny-sd",

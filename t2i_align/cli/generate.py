@@ -31,7 +31,7 @@ def list_settings(method: str | None) -> None:
 
 def generate(
     prompts: Annotated[
-        str, Argument(metavar="PROMPT|FILE", help="A prompt, or a .txt, .jsonl, .csv or .parquet file of prompts.")
+        str, Argument(metavar="PROMPT|FILE", help="A prompt, or a .txt, .jsonl, .json, .csv, .tsv or .parquet file.")
     ],
     out: Annotated[Path, Option(help="Folder for the images, the table of results and contact_sheet.png.")],
     settings: Annotated[

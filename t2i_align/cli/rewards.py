@@ -75,7 +75,7 @@ def show(
 def calibrate(
     pipeline: Annotated[str, Argument(help="Alias or folder of the base model.")],
     specs: Annotated[str, Option("--rewards", help="Scorers or expressions, separated by commas.")],
-    prompts: Annotated[str, Option(help="A prompt, or a .txt, .jsonl, .csv or .parquet file of prompts.")],
+    prompts: Annotated[str, Option(help="A prompt, or a .txt, .jsonl, .json, .csv, .tsv or .parquet file.")],
     particles: Annotated[int, Option(min=2, help="Samples per prompt; 8 or more for a usable scale.")] = 16,
     seed: Annotated[int, Option(help="Names the samples.")] = 0,
     steps: Annotated[int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own]")] = None,
@@ -129,7 +129,9 @@ def evaluate(
     out: Annotated[Path, Option(help="Folder for index.html and results.json.")],
     data: Annotated[
         list[str] | None,
-        Option("--data", help="Preferences: a .json, .jsonl, .csv or .parquet file, or a folder; may be repeated."),
+        Option(
+            "--data", help="Preferences: a .json, .jsonl, .csv, .tsv or .parquet file or a folder; may be repeated."
+        ),
     ] = None,
     root: Annotated[Path | None, Option(help="Folder of the images. [default: that of the file]")] = None,
     base: Annotated[

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from t2i_align.scoring.views import Summary
 
 SOURCE = (
-    "Folder of images, output folder of `generate`, .jsonl, .csv or .parquet table, tar shards (one, a folder of them, "
-    "or 'x-{000..010}.tar'), or a folder in the layout of GenEval, HPSv2 or T2I-CompBench."
+    "Folder of images, output folder of `generate`, .jsonl, .json, .csv, .tsv or .parquet table, tar shards or parquet "
+    "files with images inside (one, a folder of them, or 'x-{000..010}.tar'), or a folder in the layout of GenEval, "
+    "HPSv2 or T2I-CompBench."
 )
 
 
@@ -24,7 +25,7 @@ def score(
     rewards: Annotated[str, Option(help="Scorers or sums of scorers, separated by commas.")],
     out: Annotated[Path, Option(help="Table to write: .parquet, .csv or .jsonl.")],
     prompt: Annotated[str | None, Option(help="Prompt for rows without one.")] = None,
-    layout: Annotated[str, Option(help="auto, folder, geneval, hpsv2, compbench or webdataset.")] = "auto",
+    layout: Annotated[str, Option(help="auto, folder, geneval, hpsv2, compbench, webdataset or parquet.")] = "auto",
     prompts: Annotated[str | None, Option(help="For hpsv2: folder of STYLE.json, or a JSON file of styles.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images scored together.")] = 64,
     workers: Annotated[int, Option(min=0, help="Decoding threads; 0: one per core, at most 8.")] = 0,

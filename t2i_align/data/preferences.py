@@ -15,19 +15,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from t2i_align.config import nearest
 from t2i_align.data.files import split_cell, split_member, tar_index, walk
 from t2i_align.data.images import walk_images
-from t2i_align.data.tables import Row, stream_table
+from t2i_align.data.tables import TABLES, Row, stream_table
 from t2i_align.errors import T2IError
 from t2i_align.prompts import Prompts, read_text
 
 SHOWN = 5  # rows that were left out, in a summary
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
 PAIRS_FILE = "pairs.jsonl"
 CHOICES = "choices.json"  # a person's, among images that `generate` drew: see `t2i_align/choices.py`
 FOLDERS = (("w", "l"), ("win", "lose"), ("better", "worse"), ("chosen", "rejected"))  # of paired images
@@ -151,9 +150,10 @@ def read_preferences(
     """Read preferences.
 
     Args:
-        source: a `.json` (list of objects), `.jsonl`, `.csv` or `.parquet` file; a folder with a `pairs.jsonl` or with
-            parquet files; a folder of `generate` with a `choices.json` that was filled in; or a folder of paired
-            images, `w/NAME.png` better than `l/NAME.png`, with the prompt in a `.txt` of that name beside either.
+        source: a `.json` (list of objects), `.jsonl`, `.csv`, `.tsv` or `.parquet` file; a folder with a `pairs.jsonl`
+            or with parquet files; a folder of `generate` with a `choices.json` that was filled in; or a folder of
+            paired images, `w/NAME.png` better than `l/NAME.png`, with the prompt in a `.txt` of that name beside
+            either.
         columns: which column has which of `FIELDS`; the layouts of `LAYOUTS` are known without.
         root: folder that image paths are relative to; that of the file by default.
         exist: leave out rows whose image files are not there; cells of parquet files are seen when they are opened.
@@ -342,47 +342,9 @@ def _absent(ranking: Ranking) -> str | None:
 
 def _columns_and_rows(table: Path) -> tuple[list[str], Iterable[tuple[int, Row]]]:
     """The names of all columns, and the rows with their numbers, from 1; cells with images as names of them."""
-    kind = table.suffix.lower()
-    if kind == ".parquet":
-        return _parquet(table)
-    rows: list[Row] = _json(table) if kind == ".json" else list(stream_table(table))
-    return list(dict.fromkeys(name for row in rows for name in row)), enumerate(rows, start=1)
-
-
-def _json(table: Path) -> list[Row]:
-    try:
-        rows = json.loads(read_text(table))
-    except json.JSONDecodeError as error:
-        raise T2IError(f"The file {table} is not JSON: {error}.") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise T2IError(f"Expected {table} to be a list of objects.")
-    return rows
-
-
-def _parquet(table: Path) -> tuple[list[str], Iterator[tuple[int, Row]]]:
-    """Of cells that hold bytes only whether they are there is read."""
-    import pyarrow
-    import pyarrow.parquet
-    import pyarrow.types as types
-
-    def is_image(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    try:
-        fields = list(pyarrow.parquet.read_schema(table))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise T2IError(f"The file {table} is not a readable parquet file: {error}.") from error
-    held = [field.name for field in fields if is_image(field.type)]
-
-    def rows() -> Iterator[tuple[int, Row]]:
-        number = 0
-        with pyarrow.parquet.ParquetFile(table) as file:
-            names = [field.name for field in fields if field.name not in held]
-            for batch in file.iter_batches(columns=names):
-                for row in batch.to_pylist():
-                    yield number + 1, row | {name: f"{table.absolute()}/{number}/{name}" for name in held}
-                    number += 1
-
-    return [field.name for field in fields], rows()
+    rows = stream_table(table, cells=str(table.absolute()))
+    if table.suffix.lower() == ".parquet":  # too large for memory, maybe
+        first = next(rows, {})
+        return list(first), enumerate(chain([first] if first else [], rows), start=1)
+    every = list(rows)
+    return list(dict.fromkeys(name for row in every for name in row)), enumerate(every, start=1)

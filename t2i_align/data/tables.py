@@ -1,4 +1,4 @@
-"""Tables as streams: `.jsonl`, `.csv` and `.parquet` files read and written a few rows at a time."""
+"""Tables as streams: read and written a few rows at a time, but for `.json`, which is one list."""
 
 from __future__ import annotations
 
@@ -15,23 +15,36 @@ from t2i_align.errors import T2IError
 Row = dict[str, Any]
 T = TypeVar("T")
 
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 BLOCK = 4096  # rows of a parquet row group, and in memory at once
 
 
-def stream_table(path: Path, *, torn: bool = False) -> Iterator[Row]:
-    """Rows of a `.jsonl`, `.csv` or `.parquet` file, one after the other.
+def stream_table(path: Path, *, torn: bool = False, cells: str | None = None) -> Iterator[Row]:
+    """Rows of a table, one after the other.
 
     Args:
-        path: the file; columns of bytes in a parquet file are left out.
+        path: a file of one of `TABLES`; `.json` is a list of objects, or of texts, which get the column `text`.
         torn: leave out a last jsonl line that was cut short by a kill.
+        cells: what to write before `/ROW/COLUMN` in the columns of a parquet file that hold images, so that
+            `open_image` takes it; None leaves these columns out.
 
     Raises:
         T2IError: where it cannot be read.
     """
+    kind = path.suffix.lower()
     if not path.is_file():
         raise T2IError(f"No such file: {path}.")
+    if kind not in TABLES:
+        raise T2IError(f"Expected a file ending in {', '.join(TABLES)} but got {path}.")
     try:
-        yield from _READERS[path.suffix.lower()](path, torn)
+        if kind == ".parquet":
+            yield from _read_parquet(path, cells)
+        elif kind == ".jsonl":
+            yield from _read_jsonl(path, torn)
+        elif kind == ".json":
+            yield from _read_json(path)
+        else:
+            yield from _read_csv(path, "\t" if kind == ".tsv" else ",")
     except UnicodeDecodeError as error:
         raise T2IError(f"The file {path} is not UTF-8 text: {error}.") from error
     except OSError as error:
@@ -56,35 +69,63 @@ def _read_jsonl(path: Path, torn: bool) -> Iterator[Row]:
                 yield row
 
 
-def _read_csv(path: Path, torn: bool) -> Iterator[Row]:
+def _read_json(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise T2IError(f"The file {path} is not JSON: {error}.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, (dict, str)) for row in rows):
+        raise T2IError(f"Expected {path} to be a list of objects or of texts.")
+    yield from ({"text": row} if isinstance(row, str) else row for row in rows)
+
+
+def _read_csv(path: Path, separator: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            for row in csv.DictReader(file):
+            for row in csv.DictReader(file, delimiter=separator):
                 yield {name: value for name, value in row.items() if name is not None}  # None: cells beyond the header
         except csv.Error as error:
-            raise T2IError(f"The file {path} is not a readable csv table: {error}.") from error
+            raise T2IError(f"The file {path} is not a readable {path.suffix[1:]} table: {error}.") from error
 
 
-def _read_parquet(path: Path, torn: bool) -> Iterator[Row]:
+def _read_parquet(path: Path, cells: str | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    held, number = image_columns(path), 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
-            for batch in file.iter_batches(BLOCK, columns=names):
-                yield from batch.to_pylist()
+            names = [name for name in file.schema_arrow.names if name not in held]
+            blocks = file.iter_batches(BLOCK, columns=names) if names else ()
+            rows: Iterator[Row] = (row for block in blocks for row in block.to_pylist())
+            for row in rows if names else ({} for _ in range(file.metadata.num_rows)):
+                yield row if cells is None else row | {name: f"{cells}/{number}/{name}" for name in held}
+                number += 1
     except pyarrow.ArrowException as error:
         raise T2IError(f"The file {path} is not a readable parquet file: {error}.") from error
 
 
-def _is_binary(kind: Any) -> bool:
+def image_columns(path: Path) -> list[str]:
+    """The columns of a parquet file that hold bytes, as they are or as the datasets library writes images.
+
+    Raises:
+        T2IError: where it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return [field.name for field in pyarrow.parquet.read_schema(path) if _holds_bytes(field.type)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise T2IError(f"The file {path} is not a readable parquet file: {error}.") from error
+
+
+def _holds_bytes(kind: Any) -> bool:
     import pyarrow.types as types
 
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
-
-
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def write_table(rows: Iterable[Row], path: Path) -> None:

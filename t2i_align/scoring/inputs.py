@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.config import nearest
-from t2i_align.data.files import braces, file_state, relative_path
+from t2i_align.data.files import braces, file_state, relative_path, walk
 from t2i_align.data.images import walk_images
-from t2i_align.data.tables import json_line, printable, stream_table
+from t2i_align.data.tables import TABLES, image_columns, json_line, printable, stream_table
 from t2i_align.errors import T2IError
-from t2i_align.prompts import PROMPT_COLUMNS, TABLES, read_text
+from t2i_align.prompts import PROMPT_COLUMNS, find_column, read_text
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "file")
 # What `generate`, steered `generate` and `playground sample` write into their folders.
@@ -58,8 +58,8 @@ def open_rows(
     Args:
         source: a folder that `generate` or `playground sample` wrote; a folder in the layout of GenEval, HPSv2 or
             T2I-CompBench; tar shards of webdataset (one, a folder of them, or `x-{000..010}.tar`); any other folder of
-            images, with prompts in equally named `.txt` files if there are any; or a `.jsonl`, `.csv` or `.parquet`
-            table whose image paths are relative to it.
+            images, with prompts in equally named `.txt` files if there are any; a table, whose image paths are
+            relative to it, or which holds the images if it is a parquet file; or several such parquet files.
         prompt: for rows without one.
         layout: one of `LAYOUTS`, or `auto` to find out.
         prompts: for `hpsv2`: a JSON file `{style: [prompt, ...]}` or a folder of `STYLE.json` files; by default the
@@ -73,10 +73,11 @@ def open_rows(
     if layout not in ("auto", *LAYOUTS):
         raise T2IError(f"Unknown layout {layout!r}.{nearest(layout, LAYOUTS)} Available: auto, {', '.join(LAYOUTS)}.")
     path = Path(source)
-    if path.suffix.lower() in TABLES and not path.is_dir() and layout == "auto":
+    many = "{" in str(source) and not path.exists()
+    if path.suffix.lower() in TABLES and not many and not path.is_dir() and layout == "auto":
         _check_prompts(prompts, "table", source)
         return _table(path, prompt)
-    if "{" in str(source) and not path.exists():
+    if many:
         found = [Path(name) for name in braces(str(source))]
     elif path.exists():
         found = [path]
@@ -127,29 +128,41 @@ def file_row(image: Path, prompt: str | None, **rest: Any) -> Row:
         return Row(image, None, rest, str(error))
 
 
+def parquet_rows(found: list[Path], prompt: str | None, prompts: str | Path | None = None) -> Iterator[Row]:
+    """The rows of several parquet files, or of all below a folder."""
+    folder = found[0]
+    files = [path for path in walk(folder) if path.suffix.lower() == ".parquet"] if folder.is_dir() else found
+    for path in files:
+        yield from _table(path, prompt)
+
+
 def _table(path: Path, prompt: str | None) -> Rows:
     """A table; one pass over it checks every cell that must be a path."""
-    torn = path.name in LISTINGS
+    torn, held = path.name in LISTINGS, image_columns(path) if path.suffix.lower() == ".parquet" else []
     names: dict[str, None] = {}
-    for row in stream_table(path, torn=torn):
+    for row in stream_table(path, torn=torn, cells=path.name):
         names |= dict.fromkeys(row)
     if not names:
         raise T2IError(f"The table {path} has no rows.")
-    image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    image = find_column(names, IMAGE_COLUMNS) or (held[0] if len(held) == 1 else None)
     if image is None:
-        raise T2IError(f"Expected {path} to have a column {' or '.join(IMAGE_COLUMNS)} but it has none.")
-    cells = (row.get(image) for row in stream_table(path, torn=torn))
+        raise T2IError(f"Expected {path} to have a column {' or '.join(IMAGE_COLUMNS)} but it has {', '.join(names)}.")
+    cells = (row.get(image) for row in stream_table(path, torn=torn, cells=path.name))
     odd = next((cell for cell in cells if not isinstance(cell, (str, type(None)))), None)
     if odd is not None:
         raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got a {type(odd).__name__}.")
-    text = next((name for name in PROMPT_COLUMNS if name in names), None)
-    return Rows("table", partial(_table_rows, path, torn, image, text, prompt), path)
+    left_out = {image, find_column(names, PROMPT_COLUMNS), "error", *held}
+    return Rows(
+        "table", partial(_table_rows, path, torn, image, find_column(names, PROMPT_COLUMNS), left_out, prompt), path
+    )
 
 
-def _table_rows(path: Path, torn: bool, image: str, text: str | None, prompt: str | None) -> Iterator[Row]:
-    for row in stream_table(path, torn=torn):
+def _table_rows(
+    path: Path, torn: bool, image: str, text: str | None, left_out: set[str | None], prompt: str | None
+) -> Iterator[Row]:
+    for row in stream_table(path, torn=torn, cells=path.name):
         said = row.get(text or "")
-        rest = {name: value for name, value in row.items() if name not in (image, text, "error")}
+        rest = {name: value for name, value in row.items() if name not in left_out}
         yield Row(path.parent / (row.get(image) or ""), prompt if said in (None, "") else str(said), rest)
 
 

@@ -4,6 +4,7 @@ geneval      00000/metadata.jsonl, 00000/samples/0000.png           github.com/d
 hpsv2        STYLE/00000.jpg, prompts in STYLE.json                  github.com/tgxs002/HPSv2
 compbench    samples/PROMPT_000000.png                               github.com/Karine-Huang/T2I-CompBench
 webdataset   tar files with KEY.jpg, KEY.txt, KEY.json               github.com/webdataset/webdataset
+parquet      parquet files with images inside                        huggingface.co/docs/datasets
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.files import read_member, tar_index
+from t2i_align.data.files import read_member, tar_index, walk
 from t2i_align.data.images import SUFFIXES, walk_images
+from t2i_align.data.tables import TABLES
 from t2i_align.errors import T2IError
-from t2i_align.prompts import PROMPT_COLUMNS, TABLES, read_text
-from t2i_align.scoring.inputs import LISTINGS, Row, folder_rows
+from t2i_align.prompts import PROMPT_COLUMNS, find_column, read_text
+from t2i_align.scoring.inputs import LISTINGS, Row, folder_rows, parquet_rows
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 METADATA = "metadata.jsonl"
@@ -30,19 +32,22 @@ _HPSV2 = re.compile(r"\d{5}")
 
 
 def detect(found: list[Path], prompts: str | Path | None = None) -> str:
-    """The layout of a folder or of tar files, by what lies there.
+    """The layout of a folder, or of tar or parquet files, by what lies there.
 
     Raises:
-        T2IError: a file that is no tar.
+        T2IError: a file of another kind.
     """
     folder = found[0]
     if not folder.is_dir():
-        wrong = next((path for path in found if path.suffix.lower() != ".tar"), None)
+        kinds = {".tar": "webdataset", ".parquet": "parquet"}
+        kind = folder.suffix.lower()
+        wrong = next((path for path in found if path.suffix.lower() != kind or kind not in kinds), None)
         if wrong is not None:
             raise T2IError(
-                f"Expected a folder of images, a table ending in {', '.join(TABLES)} or a .tar shard but got {wrong}."
+                f"Expected a folder of images, a table ending in {', '.join(TABLES)}, or .tar or .parquet shards but "
+                f"got {wrong}."
             )
-        return "webdataset"
+        return kinds[kind]
     if any((entry / METADATA).is_file() for entry in _folders(folder)):
         return "geneval"
     if any((folder / name).is_file() for name in LISTINGS):
@@ -54,6 +59,8 @@ def detect(found: list[Path], prompts: str | Path | None = None) -> str:
         return "compbench"
     if prompts is not None or any(_is_style(entry) for entry in _folders(folder)):
         return "hpsv2"
+    if next(walk_images(folder), None) is None and any(path.suffix.lower() == ".parquet" for path in walk(folder)):
+        return "parquet"
     return "folder"
 
 
@@ -141,7 +148,7 @@ def _texts(shard: Path, key: str, names: list[str]) -> tuple[str | None, dict[st
             rest = json.loads(read_member(shard, f"{key}.json"))
             if not isinstance(rest, dict):
                 return None, {}, f"Expected {shard}/{key}.json to be a JSON object"
-        name = next((name for name in PROMPT_COLUMNS if name in rest), None)
+        name = find_column(rest, PROMPT_COLUMNS)
         said = str(rest.pop(name) or "") if name else ""
         if f"{key}.txt" in names:
             said = read_member(shard, f"{key}.txt").decode("utf-8-sig").strip() or said
@@ -175,4 +182,5 @@ LAYOUTS: dict[str, Callable[[list[Path], str | None, Any], Iterator[Row]]] = {
     "hpsv2": hpsv2_rows,
     "compbench": compbench_rows,
     "webdataset": shard_rows,
+    "parquet": parquet_rows,
 }

@@ -87,7 +87,8 @@ class Source(Settings):
         "own pipelines",
     )
     path: str | None = Field(
-        None, description="a .txt, .jsonl, .csv or .parquet file of prompts; of preferences what read_preferences takes"
+        None,
+        description="a .txt, .jsonl, .json, .csv, .tsv or .parquet file of prompts; of preferences what read_preferences takes",
     )
     columns: dict[str, str] | None = Field(None, description="of preferences: which column is which; null: find out")
     root: str | None = Field(None, description="of preferences: folder of the images; null: that of the file")
