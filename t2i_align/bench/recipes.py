@@ -68,9 +68,17 @@ METHODS: dict[str, dict[str, Any]] = {
     | BY_GRADIENT,
     "nft": {"method": {"group": 16, "minibatches": 2, "solver": "ddim"}},
     "rwr": {
-        "method": {"group": 8, "minibatches": 2, "select": "best", "best": 2, "images": "base", "levels": 2},
+        "method": {
+            "group": 8,
+            "minibatches": 2,
+            "select": "best",
+            "best": 2,
+            "images": "base",
+            "solver": "ddim(1.0)",
+            "levels": 2,
+        },
         "prompts": {"per_round": 16},
-        "train": {"learning_rate": 1e-4},
+        "train": {"learning_rate": 1e-4, "ema": 0.98},
     },
     "diffusion_dpo": {
         "method": {"group": 2, "beta": 2000.0},

@@ -88,7 +88,7 @@ class Source(Settings):
     )
     path: str | None = Field(
         None,
-        description="a .txt, .jsonl, .json, .csv, .tsv or .parquet file of prompts; of preferences what read_preferences takes",
+        description="a file that `read_prompts` takes, such as .txt; of preferences what `read_preferences` takes",
     )
     columns: dict[str, str] | None = Field(None, description="of preferences: which column is which; null: find out")
     root: str | None = Field(None, description="of preferences: folder of the images; null: that of the file")
