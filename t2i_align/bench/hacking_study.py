@@ -18,10 +18,8 @@ on held-out ones as well. The proxy is tiny_pick's mean for all, whatever is tra
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import pstdev
 from typing import TYPE_CHECKING, Any
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from t2i_align.arms import arms
+from t2i_align.bench.cells import Result, Runs
 from t2i_align.bench.recipes import COMMON, GOLD, METHODS, laid_over, precision
 from t2i_align.bench.steering import bench_prompts
 from t2i_align.bench.training import BATCH, COUNTS, PIPELINE, numbers, short
@@ -46,7 +45,6 @@ from t2i_align.scorer_training.run import train_scorer
 from t2i_align.training.blocks import RunConfig, load_run
 from t2i_align.training.checkpoints import checkpoints, read_checkpoint
 from t2i_align.training.honest import EVALUATIONS
-from t2i_align.training.run import train
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -87,8 +85,6 @@ NETWORKS: dict[str, Any] = {
     "train": {"steps": 120, "schedule": "cosine", "warmup": 10, "weight_decay": 0.05, "ema": 0.98},
     "evaluate": {"every": 60},
 }
-
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -161,41 +157,14 @@ def cells(images: int = IMAGES, seeds: int = 3, method: str = METHOD) -> list[Ce
     return [Cell(guard, seed, images, method) for seed in range(seeds) for guard in GUARDS]
 
 
-@dataclass
-class Study:
-    """The study's settings; `out`: folder of the results; `work`: of the runs; `prompts`: that kept weights are judged
-    on; `minutes`: that a call may take.
-    """
-
-    out: Path
-    work: Path
-    prompts: int = 200
-    minutes: float = 20.0
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def left(self) -> float:
-        """Minutes of this call."""
-        return self.minutes - (time.monotonic() - self.began) / 60
-
-    def path(self, cell: Cell) -> Path:
-        """The result of a cell; tries lie apart."""
-        return self.out / ("tuning" if cell.label else "") / cell.name / "result.json"
-
-    def progress(self, cell: Cell) -> str:
-        """How far a cell is, in a word or two."""
-        if self.path(cell).is_file():
-            return "done"
-        found = checkpoints(self.work / cell.name)
-        if not found:
-            return "to do"
-        return f"at update {read_checkpoint(found[-1])['step']} of {cell.config(self.work / cell.name).train.steps}"
+class Study(Runs):
+    """The study's runs; `prompts` are those that kept weights are judged on."""
 
     def base(self) -> Result:
         """The base's scores, measured once and kept in a file."""
         path = self.out / "base.json"
         if path.is_file():
-            return self._known(path)
+            return self.known(path)
         result = {"prompts": self.prompts, "scores": self.measure(load_pipeline(PIPELINE, channels_last=True))}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(result) + "\n")
@@ -209,16 +178,13 @@ class Study:
         """
         path = self.path(cell)
         if path.is_file():
-            return self._known(path, cell)
+            return self.known(path, cell)
         if cell.guard in MADE:
             networks = cell.networks(self.work)
             if not (networks.folder / "README.md").is_file():  # the last that their training writes
                 train_scorer(networks, resume=True)
         config = cell.config(self.work / cell.name)
-        found = checkpoints(config.folder)
-        spent = read_checkpoint(found[-1])["seconds"] / 60 if found else 0.0
-        done = train(config, resume=True, minutes=spent + max(0.0, self.left))
-        print(f"{cell.name}: {done.step} of {config.train.steps} updates", file=sys.stderr, flush=True)
+        done = self.trained(config)
         looks = read_jsonl(config.folder / EVALUATIONS)
         ended = done.step >= config.train.steps or (config.evaluate.stop is not None and given_up(looks, config))
         if not ended or self.left < min(EVALUATION, self.minutes / 2):
@@ -249,13 +215,6 @@ class Study:
     def prompts_of(self) -> Prompts:
         """The prompts that kept weights are judged on; the looks of a run have others."""
         return bench_prompts(self.prompts, PROMPT_SEED, "heldout", min(self.prompts // 2, COUNTS["heldout"]))[0]
-
-    def _known(self, path: Path, cell: Cell | None = None) -> Result:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {"prompts": self.prompts} | ({} if cell is None else {"budget": cell.images})
-        if any(result[name] != value for name, value in wanted.items()):
-            raise T2IError(f"{path} is of a study with other prompts or images: choose another --out.")
-        return result
 
     def _describe(self, cell: Cell, config: RunConfig, looks: list[dict[str, Any]], kept: Mapping[str, Any]) -> Result:
         """What is kept of a run besides scores of its result: settings, cost, its path."""

@@ -8,8 +8,6 @@ and a small `result.json` is kept. Every cell is judged by gold, by the learned 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from t2i_align.arms import arms
+from t2i_align.bench.cells import Result, Runs
 from t2i_align.bench.pairs import draw_pairs, read_note
 from t2i_align.bench.recipes import (
     GOLD,
@@ -50,7 +49,6 @@ from t2i_align.training.blocks import RunConfig, Source, load_run
 from t2i_align.training.checkpoints import checkpoints, read_checkpoint
 from t2i_align.training.honest import EVALUATIONS, pairwise_distance
 from t2i_align.training.prompts import read_source
-from t2i_align.training.run import Trained, train
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -73,7 +71,6 @@ CHECKPOINT_ROUNDS = 10
 EVALUATION = 6.0  # minutes that the evaluation of a cell takes on two cores
 SHOWN, COLUMNS = 16, 8  # prompts in a picture grid
 
-Result = dict[str, Any]
 Measured = dict[str, dict[str, dict[str, list[float]]]]  # sampler, split, name -> one number per prompt
 
 
@@ -159,39 +156,20 @@ def cells(images: int = IMAGES, seeds: int = 3) -> list[Cell]:
 
 
 @dataclass
-class Bench:
+class Bench(Runs):
     """The bench's settings and what its cells share; networks load on first use.
 
-    `out`: folder of the results; `work`: of the runs; `prompts`: of each split; `minutes`: that a call may take;
-    `samplers`: keywords of the pipeline by the names that they have in results.
+    `prompts` are those of each split; `samplers`: keywords of the pipeline by the names that they have in results.
     """
 
-    out: Path
-    work: Path
-    prompts: int = 200
-    minutes: float = 20.0
     samplers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SAMPLERS)
-    began: float = field(default_factory=time.monotonic)
     loaded: dict[str, Scorer] = field(default_factory=dict)
 
-    @property
-    def left(self) -> float:
-        """Minutes of this call."""
-        return self.minutes - (time.monotonic() - self.began) / 60
-
-    def path(self, cell: Cell) -> Path:
-        """The result of a cell; tries lie apart from the bench's own cells."""
-        return self.out / ("tuning" if cell.label else "") / cell.name / "result.json"
-
-    def progress(self, cell: Cell) -> str:
+    def progress(self, cell: Any) -> str:
         """How far a cell is, in a word or two."""
-        if self.path(cell).is_file():
-            return "done"
-        found = checkpoints(self.work / cell.name)
-        if not found:
-            drawn = cell.offline and read_note(self.work / cell.pairs)
-            return "to do, pairs drawn" if drawn else "to do"
-        return f"at update {read_checkpoint(found[-1])['step']} of {cell.config(self.work / cell.name).train.steps}"
+        said = super().progress(cell)
+        drawn = said == "to do" and cell.offline and read_note(self.work / cell.pairs)
+        return f"{said}, pairs drawn" if drawn else said
 
     def prompts_of(self, split: Split) -> Prompts:
         """The prompts that cells are judged on."""
@@ -201,7 +179,7 @@ class Bench:
         """The base's own scores, measured once and kept in a file; again where a judge is new."""
         path = self.out / "base.json"
         if path.is_file():
-            known = self._known(path)
+            known = self.known(path)
             if all(JUDGES.keys() <= split.keys() for made in known["scores"].values() for split in made.values()):
                 return known
         made, pictures = self.measure(load_pipeline(PIPELINE, channels_last=True))
@@ -219,11 +197,11 @@ class Bench:
         """
         path = self.path(cell)
         if path.is_file():
-            return self._known(path, cell)
+            return self.known(path, cell)
         if cell.offline and not self._pairs(cell):
             return None
         config = cell.config(self.work / cell.name)
-        done = self._train(config)
+        done = self.trained(config)
         missing = 1 if (self.out / "base.json").is_file() else 2  # evaluations
         if done.step < config.train.steps or self.left < min(missing * EVALUATION, self.minutes / 2):
             return None
@@ -236,13 +214,6 @@ class Bench:
         if cell.seed == 0:
             save_grid(pictures, path.parent / "after.png")
         write_text(path, json.dumps(result) + "\n")
-        return result
-
-    def _known(self, path: Path, cell: Cell | None = None) -> Result:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {"prompts": self.prompts} | ({} if cell is None else {"budget": cell.images})
-        if any(result[name] != value for name, value in wanted.items()):
-            raise T2IError(f"{path} is of a bench with other prompts or images: choose another --out.")
         return result
 
     def _pairs(self, cell: Cell) -> bool:
@@ -258,14 +229,6 @@ class Bench:
         return bool(
             draw_pairs(folder, pipe, table, scorer, cell.images, PAIRS, cell.seed, lambda: self.left <= 0, **call)
         )
-
-    def _train(self, config: RunConfig) -> Trained:
-        """Train for what is left of this call's minutes."""
-        found = checkpoints(config.folder)
-        spent = read_checkpoint(found[-1])["seconds"] / 60 if found else 0.0
-        done = train(config, resume=True, minutes=spent + max(0.0, self.left))
-        print(f"{config.folder.name}: {done.step} of {config.train.steps} updates", file=sys.stderr, flush=True)
-        return done
 
     def _describe(self, cell: Cell, config: RunConfig) -> Result:
         """What is kept of a run besides its pictures' scores: settings, drift, cost, curves."""

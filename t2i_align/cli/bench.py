@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Context, Option, Typer
 
@@ -38,9 +39,7 @@ def steering(
     from t2i_align.rewards import check_reward
 
     check_reward(proxy)
-    wanted = [cell for cell in cells(proxy) if re.search(only, cell.name)]
-    if not wanted:
-        raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in cells(proxy))}.")
+    wanted = chosen(cells(proxy), only)
     if listing:
         for cell in wanted:
             print(f"{'done' if (out / cell.name / 'result.json').is_file() else 'to do'}  {cell.name}")
@@ -61,6 +60,22 @@ def steering(
     for line in write_pages(out, results, docs):
         print(line)
     print_json({"cells": len(results), "page": str(out / "steering.html")})
+
+
+def chosen(every: Sequence[Any], only: str, words: Sequence[str] | None = None, label: str = "") -> list[Any]:
+    """The cells whose names a regular expression is found in.
+
+    Raises:
+        T2IError: there are none, or other settings have no label.
+    """
+    from t2i_align.errors import T2IError
+
+    if words and not label:
+        raise T2IError("Expected a --label for other settings: its results are kept apart from the bench's own.")
+    found = [cell for cell in every if re.search(only, cell.name)]
+    if not found:
+        raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in every)}.")
+    return found
 
 
 @bench.command()
@@ -86,30 +101,16 @@ def training(
 
     from t2i_align.bench.recipes import IMAGES
     from t2i_align.bench.training import Bench, cells
-    from t2i_align.errors import T2IError
 
     images = images or IMAGES
-    if words and not label:
-        raise T2IError("Expected a --label for other settings: its results are kept apart from the bench's own.")
     every = cells(images, seeds)
     if label:  # the same number of images for all tries, also where the reward has its own
         every = [replace(cell, images=images, label=label, words=tuple(words or ())) for cell in every]
-    wanted = [cell for cell in every if re.search(only, cell.name)]
-    if not wanted:
-        raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in every)}.")
-    run = Bench(out, work, prompts, minutes)
+    wanted, run = chosen(every, only, words, label), Bench(out, work, prompts, minutes)
     if listing:
-        for cell in wanted:
-            print(f"{run.progress(cell)}  {cell.name}")
+        print("\n".join(f"{run.progress(cell)}  {cell.name}" for cell in wanted))
         return
-    results = []
-    for number, cell in enumerate(wanted, start=1):
-        print(f"[{number}/{len(wanted)}] {cell.name}", file=sys.stderr, flush=True)
-        result = run.run(cell)
-        if result is None:
-            print("time is up: call again to go on", file=sys.stderr)
-            break
-        results.append(result)
+    results = run.all_of(wanted)
 
     from t2i_align.bench.training_report import tuning_rows, write_pages
 
@@ -117,8 +118,7 @@ def training(
         for row in tuning_rows(results, run.base()) if results else ():
             print_json(row)
         return
-    there = [cell for cell in cells(images, seeds) if run.path(cell).is_file()]
-    done = [result for cell in there if (result := run.run(cell)) is not None]
+    done = run.done(every)
     if done:
         for line in write_pages(out, done, run.base(), docs):
             print(line)
@@ -169,31 +169,19 @@ def hacking_study(
     from t2i_align.bench.hacking_study import BASES, IMAGES, Study, cells
     from t2i_align.errors import T2IError
 
-    if words and not label:
-        raise T2IError("Expected a --label for other settings: its results are kept apart from the study's own.")
     if method not in BASES:
         raise T2IError(f"Expected --method to be one of {', '.join(BASES)} but got {method!r}.")
     every = [replace(cell, label=label, words=tuple(words or ())) for cell in cells(images or IMAGES, seeds, method)]
-    wanted = [cell for cell in every if re.search(only, cell.name)]
-    if not wanted:
-        raise T2IError(f"Expected --only to fit one of {', '.join(cell.name for cell in every)}.")
-    run = Study(out, work, prompts, minutes)
+    wanted, run = chosen(every, only, words, label), Study(out, work, prompts, minutes)
     if listing:
-        for cell in wanted:
-            print(f"{run.progress(cell)}  {cell.name}")
+        print("\n".join(f"{run.progress(cell)}  {cell.name}" for cell in wanted))
         return
-    for number, cell in enumerate(wanted, start=1):
-        print(f"[{number}/{len(wanted)}] {cell.name}", file=sys.stderr, flush=True)
-        result = run.run(cell)
-        if result is None:
-            print("time is up: call again to go on", file=sys.stderr)
-            break
-        if label:
-            for row in path_rows(result):
-                print_json(row)
+    results = run.all_of(wanted)
     if label:
+        for row in (row for result in results for row in path_rows(result)):
+            print_json(row)
         return
-    done = [result for cell in every if run.path(cell).is_file() and (result := run.run(cell)) is not None]
+    done = run.done(every)
     if done:
         for line in write_pages(out, done, run.base(), docs):
             print(line)
