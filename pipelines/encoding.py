@@ -11,7 +11,7 @@ import torch
 from t2i_align.pipelines.calling import Caller, DriverError
 from t2i_align.pipelines.cond import Cond, Tree, ambiguous, rows_of, split_rows
 from t2i_align.pipelines.driven import no_rows
-from t2i_align.prompts import Prompts
+from t2i_align.prompts import NEGATIVE, Prompts, negatives
 
 
 class Encoder(Caller):
@@ -30,19 +30,23 @@ class Encoder(Caller):
 
         Args:
             prompts: one row per sample.
-            negative: what guidance points away from, one text or one per sample; the pipeline's own default if None.
+            negative: what guidance points away from, one text or one per sample. If None the column `negative_prompt`
+                of the prompts, and where that says nothing the driver's `negative_prompt` or the pipeline's default.
             given: other keywords of `__call__` with one row per sample, such as a control image `image=(B, 3, H, W)`.
             batch_size: prompts that go through the encoders together.
             call: keywords of `__call__` that matter for the encoding.
 
         Raises:
-            DriverError: the text encoders were freed.
+            DriverError: the text encoders were freed, or the pipeline takes no negative prompt.
         """
         if self.freed:
             raise DriverError(f"The text encoders of {self.family} were freed: encode all prompts before.")
         table = Prompts.of(prompts)
         if negative is None:
-            negative = call.pop("negative_prompt", self.defaults.get("negative_prompt"))
+            general = call.pop(NEGATIVE, self.defaults.get(NEGATIVE))
+            negative = negatives(table, general) or general
+        if negative is not None and NEGATIVE not in self.accepts:
+            raise DriverError(f"{self.family} takes no negative prompt: leave it, or the column {NEGATIVE}, out.")
         against = [negative] * len(table) if negative is None or isinstance(negative, str) else list(negative)
         rows = rows_of(dict(given or {}), len(table), self.second_axis)
         pairs = list(zip(table.text, against, strict=True))

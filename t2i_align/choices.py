@@ -71,7 +71,8 @@ class Choices(NamedTuple):
 
     def prompts(self) -> Prompts:
         """The prompts with choices; the column `row` has their rows among the job's."""
-        return Prompts(tuple(self.job.prompts[row] for row in self.pairs), {"row": tuple(self.pairs)})
+        table = self.job.table()[list(self.pairs)]
+        return Prompts(table.text, table.columns | {"row": tuple(self.pairs)})
 
 
 def write_template(folder: Path, job: GenerateJob) -> Path:

@@ -13,7 +13,7 @@ from t2i_align.data.images import tensor_to_pil
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator, key
 from t2i_align.pipelines import call_keywords, check_call, load_pipeline
-from t2i_align.prompts import Prompts, occurrences
+from t2i_align.prompts import NEGATIVE, Prompts, negatives, occurrences
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -80,20 +80,24 @@ def generate_samples(
 ) -> Iterator[Sample]:
     """Draw the images named by `jobs`, pairs (row of `prompts`, particle), in that order, batch by batch.
 
-    `told`: what the pipeline reads instead, a row for each of `prompts`, which still name the noise.
+    `told`: what the pipeline reads instead, a row for each of `prompts`, which still name the noise. A column
+    `negative_prompt` goes before the keyword.
     """
     if batch_size < 1:
         raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
-    check_call(pipe, call)
+    general = call.get(NEGATIVE)
+    own = negatives(told or prompts, general)
+    check_call(pipe, call if own is None else call | {NEGATIVE: own})
     repeats = occurrences(prompts)
-    negative = call.get("negative_prompt")
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
         texts = [(told or prompts)[row] for row, _ in batch]
         # One generator per image is diffusers' own way to make an image independent of its batch mates.
         generators = [sample_generator(seed, prompts[row], repeats[row], particle) for row, particle in batch]
-        if isinstance(negative, str):  # Qwen-Image takes a single text for a batch of one
-            call["negative_prompt"] = [negative] * len(texts)
+        if own is not None:
+            call[NEGATIVE] = [own[row] for row, _ in batch]
+        elif isinstance(general, str):  # Qwen-Image takes a single text for a batch of one
+            call[NEGATIVE] = [general] * len(texts)
         images = pipe(texts, generator=generators, output_type="pil", **call).images
         for (row, particle), image in zip(batch, images, strict=True):
             yield Sample(row, prompts[row], particle, image)

@@ -30,7 +30,7 @@ from t2i_align.pipelines.loading import default_dtype
 from t2i_align.pipelines.models import GUIDANCE, find_model
 from t2i_align.playground.grammar import CaptionError, parse
 from t2i_align.progress import Progress
-from t2i_align.prompts import Prompts
+from t2i_align.prompts import NEGATIVE, Prompts, negatives
 from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
@@ -50,6 +50,13 @@ class GenerateJob(Settings):
     seed: int = 0
     steps: int | None = Field(None, gt=0)
     guidance: float | None = None
+    negative: str | None = Field(
+        None, description="what guidance points away from, where the prompts' table says nothing"
+    )
+    keywords: dict[str, Any] = Field(default_factory=dict, description="others of the pipeline's `__call__`")
+    columns: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict, description="of the prompts' table besides them, those that decide the images"
+    )
     height: int | None = Field(None, gt=0)
     width: int | None = Field(None, gt=0)
     dtype: str | None = None
@@ -64,7 +71,15 @@ class GenerateJob(Settings):
 
     def call(self) -> dict[str, Any]:
         """Keywords of the pipeline's `__call__`."""
-        return call_keywords(self.pipeline, self.steps, self.guidance, height=self.height, width=self.width)
+        size = {"height": self.height, "width": self.width}
+        return (
+            call_keywords(self.pipeline, self.steps, self.guidance, **size, negative_prompt=self.negative)
+            | self.keywords
+        )
+
+    def table(self) -> Prompts:
+        """The prompts with their columns."""
+        return Prompts(self.prompts, self.columns)
 
     def resolved(self: J, device_type: str = "cpu") -> J:
         """The same with what suits the pipeline, on such a device, filled in."""
@@ -100,6 +115,8 @@ def call_notes(job: GenerateJob, pipe: DiffusionPipeline) -> Iterator[str]:
     if find_model(job.pipeline) is not None:
         source = "the table of models"
     yield f"{job.pipeline}: {said} (defaults from {source}; --steps, --guidance, --height and --width change them)"
+    if (job.negative or negatives(job.table())) and (guidance or 0) <= 1:
+        yield "a negative prompt acts with a guidance above 1 alone: --guidance, or --keyword true_cfg_scale=4 on some"
     note = steps_note(job.pipeline, steps)
     if note is not None:
         yield note
@@ -142,7 +159,7 @@ def open_job(
         print(f"note: {line}", file=sys.stderr)
     call = job.call()
     pipe = job.open(device=place, **options)
-    check_call(pipe, call)
+    check_call(pipe, call if negatives(job.table()) is None else call | {NEGATIVE: ""})
     folder = open_folder(out, job, resume=resume, overwrite=overwrite)
     for line in call_notes(job, pipe):
         print(f"note: {line}", file=sys.stderr)
@@ -176,13 +193,15 @@ def run_generate(
     `options`: see `open_job`.
     """
     kernel = None if job.kernel is None else load_kernel(job.kernel)
+    read = {name: values for name, values in job.columns.items() if name == NEGATIVE}  # others do not decide the images
+    job = job.model_copy(update={"columns": read})
     place = resolve_device(device)
     job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     results = folder / "results.jsonl"
     rows = [row for row in read_jsonl(results) if (folder / row["image"]).is_file()]
     write_jsonl(results, rows)  # without rows whose images are gone
     done = {(row["row"], row["particle"]) for row in rows}
-    table = Prompts(job.prompts)
+    table = job.table()
     jobs = [(row, p) for row in range(len(table)) for p in range(job.particles) if (row, p) not in done]
     options = {"seed": job.seed, "batch_size": batch_size}
     if kernel is None:

@@ -10,6 +10,7 @@ from typing import Any
 from t2i_align.data.tables import TABLES, stream_table
 from t2i_align.errors import T2IError
 
+NEGATIVE = "negative_prompt"  # column of prompts, and keyword of pipelines
 PROMPT_COLUMNS = ("prompt", "caption", "text", "prompts")  # the last is DrawBench's
 
 
@@ -127,6 +128,15 @@ def read_prompt_file(path: str | Path) -> Prompts:
     if Path(path).suffix.lower() not in (".txt", *TABLES):
         raise T2IError(f"Expected a file of prompts ending in .txt, {', '.join(TABLES)} but got {path}.")
     return read_prompts(path)
+
+
+def negatives(prompts: Prompts, general: str | None = None) -> list[str] | None:
+    """What each image should not show: the column `negative_prompt`, and where that is empty the general one.
+
+    None where the table has no such column, or nothing in it.
+    """
+    own = prompts.columns.get(NEGATIVE)
+    return None if own is None or not any(own) else [str(text or general or "") for text in own]
 
 
 def occurrences(prompts: Prompts) -> list[int]:

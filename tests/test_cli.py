@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pyarrow.parquet
 import pytest
+import yaml
 from PIL import Image
 
 SMALL = ("--steps", 2, "--particles", 2)
@@ -89,6 +90,32 @@ def test_generate_takes_files_of_prompts(cli, tmp_path):
     assert "4 images of 2 prompts" in out
 
 
+def test_negative_prompts_and_keywords_of_the_pipeline(cli, tmp_path):
+    table = tmp_path / "p.jsonl"
+    table.write_text('{"prompt": "a red circle", "negative_prompt": "a blue square", "seed": 3}\n')
+    guided = ("--particles", "1", "--steps", "2", "--guidance", "4")
+    asked = {
+        "column": (table, *guided),
+        "option": ("a red circle", "--negative", "a blue square", *guided),
+        "keyword": ("a red circle", "--keyword", "guidance_rescale=0.7", *guided),
+        "none": ("a red circle", *guided),
+        "steered": (table, *guided, "--steer", "best_of_n", "--rewards", "verifier"),
+    }
+    made = {}
+    for name, words in asked.items():
+        assert cli("generate", *words, "--out", tmp_path / name)[0] == 0
+        made[name] = pixels(tmp_path / name / "images/00000-000.png")
+    assert (made["column"] == made["option"]).all()
+    for name in ("keyword", "column"):
+        assert abs(made[name] - made["none"]).max() > 5
+    for name in ("column", "steered"):
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert config["columns"] == {"negative_prompt": ["a blue square"]}
+    idle = ("generate", "a red circle", "--negative", "x", *guided[:4])
+    assert "acts with a guidance above 1" not in cli(*idle, "--out", tmp_path / "a")[2]  # tiny-sd's own is 1.5
+    assert "acts with a guidance above 1" in cli(*idle, "--guidance", "1", "--out", tmp_path / "b")[2]
+
+
 def test_score_reports_bad_rows_scores_the_rest_and_exits_with_3(cli, tmp_path):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "good.png")
     whole = (tmp_path / "good.png").read_bytes()
@@ -133,6 +160,9 @@ def test_a_size_that_the_latents_cannot_have_is_said(cli, tmp_path):
         (["generate", "nothing.txt", "--out", "x"], "No such file: nothing.txt"),
         (["generate", " ", "--out", "x"], "empty"),
         (["generate", "a red circle", "--out", "x", "--particles", "0"], "--particles"),
+        (["generate", "a red circle", "--out", "x", "--keyword", "height=9"], "Expected --height in the place of"),
+        (["generate", "a red circle", "--out", "x", "--keyword", "eta"], "KEY=VALUE"),
+        (["generate", "a red circle", "--out", "x", "--keyword", "etta=1"], "Did you mean 'eta'"),
         (["score", ".", "--rewards", "verifer", "--out", "x.parquet"], "Did you mean 'verifier'"),
         (["score", ".", "--rewards", "2*verifier", "--out", "x.parquet"], "spaces around"),
         (["score", ".", "--rewards", "verifier", "--out", "x.parquet"], "no images"),

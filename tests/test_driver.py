@@ -12,6 +12,7 @@ from t2i_align.pipelines.indexed import needs_index
 from t2i_align.pipelines.kernels import ddim, flow_sde, ode
 from t2i_align.pipelines.loading import load_pipeline
 from t2i_align.pipelines.toy import Mixture, toy_pipeline
+from t2i_align.prompts import Prompts
 from tests.families import FAMILIES
 
 PROMPTS = ["a red circle", "two green stars", "a red circle"]
@@ -69,6 +70,17 @@ def test_negative_prompts_change_the_guided_output(driver, cond):
         plain = [driver.predict(x, 1, c, 4, guidance_scale=1.0) for c in (cond, other)]
     assert (guided[0] - guided[1]).abs().max() > 1e-3
     torch.testing.assert_close(plain[0], plain[1])
+
+
+def test_a_column_of_negative_prompts_is_read(driver):
+    table = Prompts(tuple(PROMPTS), {"negative_prompt": ("a yellow square", None, "a yellow square")})
+    mixed, plain = driver.encode(table), driver.encode(PROMPTS)
+    whole = driver.encode(PROMPTS, negative="a yellow square")
+    for got, told, blank in zip(mixed.call(0), whole.call(0), plain.call(0), strict=True):
+        torch.testing.assert_close(got[[0, 2]], told[[0, 2]])
+        torch.testing.assert_close(got[1], blank[1])
+    with pytest.raises(DriverError, match="takes no negative prompt"):
+        Driver(toy_pipeline(size=8)).encode(Prompts(("0",), {"negative_prompt": ("1",)}))
 
 
 def test_guidance_can_be_turned_on_although_it_was_off_when_encoding(pipe):

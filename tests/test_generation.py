@@ -6,6 +6,7 @@ from PIL import Image
 import t2i_align as t2i
 from t2i_align.generation import generate_samples
 from t2i_align.jobs import GenerateJob, run_generate
+from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.prompts import Prompts
 from tests.families import FAMILIES
 
@@ -47,6 +48,19 @@ def test_jobs_name_the_images_wanted(pipe):
     table = Prompts(("a red circle", "two green stars"))
     samples = list(generate_samples(pipe, table, [(1, 2), (0, 0)], seed=0, batch_size=8, **CALL))
     assert [(s.row, s.particle, s.prompt) for s in samples] == [(1, 2, "two green stars"), (0, 0, "a red circle")]
+
+
+def test_a_column_of_negative_prompts_goes_before_the_general_one(pipe):
+    against = ["a blue square", "two red stars"]
+    table = Prompts(tuple(PROMPTS[:2]), {"negative_prompt": (against[0], None), "seed": (1, 2)})
+    both = t2i.generate(pipe, table, **CALL, negative_prompt=against[1])
+    alone = [t2i.generate(pipe, p, **CALL, negative_prompt=n)[0] for p, n in zip(PROMPTS[:2], against, strict=True)]
+    assert abs(arrays(both) - arrays(alone)).max() <= 1
+    plain = arrays(t2i.generate(pipe, Prompts(tuple(PROMPTS[:2]), {"negative_prompt": ("", None)}), **CALL))
+    assert (plain == arrays(t2i.generate(pipe, PROMPTS[:2], **CALL))).all()
+    assert abs(arrays(both) - plain).max() > 30
+    with pytest.raises(t2i.pipelines.PipelineError, match="takes no 'negative_prompt'"):
+        t2i.generate(toy_pipeline(size=8), Prompts(("0",), {"negative_prompt": ("1",)}), steps=2)
 
 
 def test_an_alias_brings_its_defaults():

@@ -8,6 +8,18 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
 
+# Keywords of pipelines that have options of their own, or are decided here.
+OPTIONS = {
+    "prompt": "the argument PROMPT",
+    "negative_prompt": "--negative",
+    "num_inference_steps": "--steps",
+    "height": "--height",
+    "width": "--width",
+    "generator": "--seed",
+    "num_images_per_prompt": "--particles",
+    **dict.fromkeys(("output_type", "return_dict", "latents"), "what `generate` decides itself"),
+}
+
 
 def list_models(wanted: bool) -> None:
     if not wanted:
@@ -68,6 +80,16 @@ def generate(
         int | None, Option(min=1, help="Denoising steps. [default: the pipeline's own; steered, where unknown, 20]")
     ] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale. [default: the pipeline's own]")] = None,
+    negative: Annotated[
+        str | None,
+        Option(
+            help="Negative prompt. A column negative_prompt of the file goes before it. Acts with guidance above 1."
+        ),
+    ] = None,
+    keyword: Annotated[
+        list[str] | None,
+        Option(metavar="KEY=VALUE", help="Of the pipeline's __call__, may be repeated: guidance_rescale=0.7."),
+    ] = None,
     height: Annotated[int | None, Option(min=1, help="Pixels. [default: the pipeline's own]")] = None,
     width: Annotated[int | None, Option(min=1, help="Pixels. [default: the pipeline's own]")] = None,
     batch_size: Annotated[
@@ -121,6 +143,9 @@ def generate(
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
+        "negative": negative,
+        "keywords": read_keywords(keyword or []),
+        "columns": dict(table.columns),
         "height": height,
         "width": width,
         "dtype": dtype,
@@ -159,7 +184,7 @@ def generate(
 
     name, resolved = read_method(steer, settings or [], particles)
     steering = {"steer": name, "settings": resolved, "rewards": rewards or "", "decoder": decoder}
-    steered = SteerJob(**job, **steering, columns=dict(table.columns))
+    steered = SteerJob(**job, **steering)
     rows = run_steer(steered, out, max_batch=batch_size, save_pairs=save_pairs, **run)
     best = [row["reward"] for row in rows if row["is_best"]]
     print(
@@ -195,6 +220,22 @@ def check_kernel(steer: str | None, kernel: str | None, choices: bool, shared_st
             f'Expected {" and ".join(wanting)} with a stochastic --kernel such as "ddim(1.0)" (on flow-matching models '
             '"flow_sde(0.7)") and without --steer: training needs chains of steps that have a log-prob.'
         )
+
+
+def read_keywords(words: list[str]) -> dict[str, Any]:
+    """Words `key=value`, values read as YAML."""
+    from t2i_align.config import parse_yaml
+    from t2i_align.errors import T2IError
+
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            raise T2IError(f"Expected --keyword KEY=VALUE, such as guidance_rescale=0.7, but got {word!r}.")
+        if name.strip() in OPTIONS:
+            raise T2IError(f"Expected {OPTIONS[name.strip()]} in the place of --keyword {name.strip()}.")
+        found[name.strip()] = parse_yaml(value)
+    return found
 
 
 def read_lora(word: str) -> tuple[str, float]:

@@ -21,7 +21,6 @@ from t2i_align.jobs import image_name
 from t2i_align.methods.base import Tools
 from t2i_align.pipelines import load_kernel
 from t2i_align.policy import Policy
-from t2i_align.prompts import Prompts
 from t2i_align.training.method import TrainingError
 from t2i_align.trajectory import Trajectory
 
@@ -72,7 +71,7 @@ class Replay:
         with self.drawn_by(), torch.autocast(device, enabled=False):  # as `generate` draws
             traj = chains(
                 driver,
-                Prompts(job.prompts),
+                job.table(),
                 jobs,
                 steps=job.steps,
                 kernel=load_kernel(job.kernel),

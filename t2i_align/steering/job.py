@@ -20,7 +20,7 @@ from t2i_align.devices import resolve_device
 from t2i_align.errors import T2IError
 from t2i_align.jobs import SHEET_ROWS, GenerateJob, image_name, open_job, write_sheet
 from t2i_align.pipelines import Driver, load_kernel, preview_pipeline
-from t2i_align.prompts import Prompts, occurrences
+from t2i_align.prompts import NEGATIVE, occurrences
 from t2i_align.rewards import check_reward, load_reward
 from t2i_align.runs import read_jsonl, write_jsonl, write_text
 from t2i_align.scoring.views import write_pairs
@@ -39,9 +39,6 @@ class SteerJob(GenerateJob):
     steer: str = Field("fk", description="a steering method")
     settings: dict[str, Any] = Field(default_factory=dict, description="its settings, all of them")
     rewards: str = Field(description="what it maximises")
-    columns: dict[str, tuple[Any, ...]] = Field(
-        default_factory=dict, description="what the prompts' table has besides them: for scorers that read it"
-    )
     decoder: str | None = Field(None, description="a small autoencoder for rewards along the way; null: the own one")
     fallback: ClassVar[str] = f"diffusers, and {STEPS} steps of steering's own"
 
@@ -52,10 +49,6 @@ class SteerJob(GenerateJob):
     def method(self) -> Steering:
         """The method with its settings."""
         return load_method(self.steer, **self.settings)
-
-    def table(self) -> Prompts:
-        """The prompts with their columns."""
-        return Prompts(self.prompts, self.columns)
 
 
 def read_method(name: str, words: Sequence[str], particles: int | None = None) -> tuple[str, dict[str, Any]]:
@@ -115,7 +108,8 @@ def run_steer(
     reward = load_reward(job.rewards, place, base=job.pipeline)
     check_gradient(method, reward)
     reward.check([], job.table())
-    read = {name: job.columns[name] for name in reward.columns}  # others do not decide the images
+    wanted = {*reward.columns, NEGATIVE}  # others do not decide the images
+    read = {name: values for name, values in job.columns.items() if name in wanted}
     job = job.model_copy(update={"particles": method.particles, "columns": read})
     job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     rows = call.pop("num_inference_steps")
