@@ -87,7 +87,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "refl": {"method": {"window": 0.5, "loss": "linear", "batch_size": 16}} | BY_GRADIENT,
     "draft": {"method": {"keep": 4, "batch_size": 16}} | BY_GRADIENT,
-    "alignprop": {"method": {"keep": "uniform", "batch_size": 16}} | BY_GRADIENT,
+    "alignprop": {"method": {"keep": "gaussian", "batch_size": 16}} | BY_GRADIENT,
 }
 
 BY_REWARD: dict[str, dict[str, Any]] = {
