@@ -116,7 +116,23 @@ def test_ranks_may_differ_between_layers(tmp_path):
     stock.load_lora_weights(tmp_path / "lora")
     assert apart(image(stock), image(policy.pipe)) < 1e-4
     assert apart(before, image(policy.pipe)) > 0.01
+    kohya = load_file(tmp_path / "lora" / "kohya.safetensors")
+    assert {int(value) for name, value in kohya.items() if name.endswith(".alpha")} == {1, 2, 3}
+    assert all(
+        len(kohya[name.replace(".alpha", ".lora_down.weight")]) == kohya[name] for name in kohya if "alpha" in name
+    )
     assert same(policy, Policy.load(family(), tmp_path / "lora"))
+
+
+def test_the_lora_of_a_unet_is_there_under_kohya_s_names_too(tmp_path):
+    policy = train(Policy.lora(family(), rank=3, alpha=2), 0.5)
+    policy.save(tmp_path / "lora")
+    other = family()
+    before = image(other)
+    other.load_lora_weights(tmp_path / "lora", weight_name="kohya.safetensors")
+    assert apart(image(other), image(policy.pipe)) < 1e-4
+    assert apart(before, image(policy.pipe)) > 0.01
+    assert "`kohya.safetensors` is the same" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_averaged_weights_and_number_types(tmp_path):
@@ -150,6 +166,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert files(tmp_path) == ["lora"]
     assert files(tmp_path / "lora") == [
         "README.md",
+        "kohya.safetensors",
         "policy.json",
         "policy.safetensors",
         "pytorch_lora_weights.safetensors",

@@ -2,7 +2,8 @@
 
 - LoRA of a denoiser whose pipeline has `load_lora_weights`: `pytorch_lora_weights.safetensors` with alpha / rank
   multiplied into B, so that readers that know no alpha get the policy's image. Where a division does not give B back
-  bit for bit (no power of two), `policy.safetensors` holds the weights as they are.
+  bit for bit (no power of two), `policy.safetensors` holds the weights as they are. Of a UNet `kohya.safetensors`, too:
+  the same under the names that ComfyUI, A1111 and kohya's scripts read.
 - LoRA of other pipelines and components: peft's `adapter_model.safetensors` and `adapter_config.json`.
 - Full weights: a pipeline folder.
 
@@ -24,6 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ from t2i_align.policy.path import PolicyError
 
 NOTE = "policy.json"
 PORTABLE, PEFT, EXACT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "policy.safetensors"
+KOHYA = "kohya.safetensors"
 PREFIX = {PEFT: "base_model.model.", EXACT: ""}
 
 
@@ -132,6 +135,9 @@ def write_lora(
             note["weights"] = EXACT
         saved = {key: value.to(dtype) for key, value in folded.items()}
         type(pipe).save_lora_weights(folder, **{f"{note['component']}_lora_layers": saved})
+        if note["component"] == "unet":  # transformers have other names there for each family
+            named = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in saved.items()})
+            save_file({key: value.contiguous() for key, value in named.items()}, folder / KOHYA)
     else:
         config.base_model_name_or_path = note["base"]
         config.save_pretrained(folder)

@@ -74,8 +74,10 @@ def _text(note: Mapping[str, Any], portable: bool) -> str:
     averaged = " Weights are averaged over the training (EMA)." if note["averaged"] else ""
     if note["kind"] == "full":
         return f"All weights of the {note['network']} are trained; the rest of the pipeline is the base's.{averaged}"
+    named = portable and note["component"] == "unet"
+    kohya = " `kohya.safetensors` is the same for ComfyUI and A1111." if named else ""
     scale = " The factor alpha / rank is multiplied into the weights: load them at scale 1." if portable else ""
     return (
         f"Rank {note['rank']}, alpha {note['alpha']:g}, on {len(note['targets'])} layers of the {note['network']}."
-        f"{scale}{averaged}"
+        f"{scale}{kohya}{averaged}"
     )
