@@ -77,8 +77,9 @@ METHODS: dict[str, dict[str, Any]] = {
             "solver": "ddim(1.0)",
             "levels": 2,
         },
+        "model": {"guidance": 1.5},  # of what is learned from: RWR alone need not draw as it trains
         "prompts": {"per_round": 16},
-        "train": {"learning_rate": 1e-4, "ema": 0.98},
+        "train": {"ema": 0.98},
     },
     "diffusion_dpo": {
         "method": {"group": 2, "beta": 2000.0},
