@@ -11,7 +11,7 @@ import torch
 from t2i_align.pipelines.calling import Caller, DriverError
 from t2i_align.pipelines.cond import Cond, Tree, ambiguous, rows_of, split_rows
 from t2i_align.pipelines.driven import no_rows
-from t2i_align.prompts import NEGATIVE, Prompts, negatives
+from t2i_align.prompts import MORE_TEXTS, NEGATIVE, Prompts, negatives
 
 
 class Encoder(Caller):
@@ -21,7 +21,7 @@ class Encoder(Caller):
     def encode(
         self,
         prompts: str | Sequence[str] | Prompts,
-        negative: str | Sequence[str] | None = None,
+        negative: str | Sequence[str | None] | None = None,
         given: Mapping[str, Any] | None = None,
         batch_size: int = 64,
         **call: Any,
@@ -44,20 +44,21 @@ class Encoder(Caller):
         table = Prompts.of(prompts)
         if negative is None:
             general = call.pop(NEGATIVE, self.defaults.get(NEGATIVE))
-            negative = negatives(table, general) or general
+            negative = negatives(table, general, self.accepts) or general
         if negative is not None and NEGATIVE not in self.accepts:
             raise DriverError(f"{self.family} takes no negative prompt: leave it, or the column {NEGATIVE}, out.")
         against = [negative] * len(table) if negative is None or isinstance(negative, str) else list(negative)
         rows = rows_of(dict(given or {}), len(table), self.second_axis)
         pairs = list(zip(table.text, against, strict=True))
         unique = {pair: pairs.index(pair) for pair in dict.fromkeys(pairs)}
-        chunks = [list(unique.items())[i : i + batch_size] for i in range(0, len(unique), batch_size)]
+        apart = [[(p, row) for p, row in unique.items() if (p[1] is None) is missing] for missing in (False, True)]
+        chunks = [part[i : i + batch_size] for part in apart for i in range(0, len(part), batch_size)]
         encoded = tuple(
             tree
             for chunk in chunks
             for tree in self._encode([pair for pair, _ in chunk], [rows[row] for _, row in chunk], call)
         )
-        order = {pair: i for i, pair in enumerate(unique)}
+        order = {pair: i for i, (pair, _) in enumerate(pair for chunk in chunks for pair in chunk)}
         cond = Cond(encoded, tuple(order[pair] for pair in pairs), table, tuple(rows))
         if negative is not None:
             cond = cond.having(negative_prompt=[""] * len(table))  # for pipelines that ask whether there is one
@@ -82,7 +83,11 @@ class Encoder(Caller):
             return outputs[-1]
 
         pipe.__dict__["encode_prompt"] = record
-        told = self._draws(len(pairs)) | Cond((), (0,) * len(pairs), Prompts.of(""), tuple(rows)).keywords()
+        texts = {name: value for name, value in (self.defaults | call).items() if isinstance(value, str)}
+        told: dict[str, Any] = {
+            name: [text] * len(pairs) for name, text in texts.items() if name.startswith(MORE_TEXTS)
+        }
+        told |= self._draws(len(pairs)) | Cond((), (0,) * len(pairs), Prompts.of(""), tuple(rows)).keywords()
         if pairs[0][1] is not None:
             told["negative_prompt"] = [text or "" for _, text in pairs]
             if "true_cfg_scale" in self.accepts:  # above 1, or the negative prompt would not be encoded

@@ -14,7 +14,7 @@ from t2i_align.generation import generate_samples
 from t2i_align.keys import key
 from t2i_align.pipelines import call_keywords, check_call, load_pipeline
 from t2i_align.progress import Progress
-from t2i_align.prompts import Prompts
+from t2i_align.prompts import NEGATIVE, Prompts
 from t2i_align.rewards.base import Scorer
 from t2i_align.rewards.reference import (
     Reference,
@@ -46,7 +46,8 @@ def calibrate(
     Args:
         pipeline: alias or folder of the base model.
         scorers: each is calibrated on its own.
-        prompts: one or many; equal ones count once.
+        prompts: one or many; equal ones count once. Columns do not matter here, `negative_prompt` neither: a scale is
+            known by the text of its prompt.
         particles: samples per prompt, 8 or more for a usable scale.
         seed: names the samples; they are not those of `generate`.
         steps: denoising steps; the pipeline's own if None.
@@ -66,6 +67,7 @@ def calibrate(
         raise T2IError(f"Expected 2 or more particles to calibrate with but got {particles}.")
     table = Prompts.of(prompts)
     table = table[[table.text.index(text) for text in dict.fromkeys(table.text)]]
+    table = Prompts(table.text, {name: values for name, values in table.columns.items() if name != NEGATIVE})
     for scorer in scorers:
         if scorer.groupwise:
             raise T2IError(f"The scorer {scorer.name!r} compares images of one call: calibrate its members instead.")

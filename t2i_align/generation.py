@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from t2i_align.data.images import tensor_to_pil
 from t2i_align.errors import T2IError
 from t2i_align.keys import generator, key
 from t2i_align.pipelines import call_keywords, check_call, load_pipeline
-from t2i_align.prompts import NEGATIVE, Prompts, negatives, occurrences
+from t2i_align.prompts import MORE_TEXTS, NEGATIVE, Prompts, negatives, occurrences
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,21 +87,31 @@ def generate_samples(
     if batch_size < 1:
         raise T2IError(f"Expected a batch size of 1 or more but got {batch_size}.")
     general = call.get(NEGATIVE)
-    own = negatives(told or prompts, general)
+    own = negatives(told or prompts, general, inspect.signature(type(pipe).__call__).parameters)
     check_call(pipe, call if own is None else call | {NEGATIVE: own})
+    if own is None:
+        own = [general] * len(prompts) if general is None or isinstance(general, str) else list(general)
+    if len(own) != len(prompts):
+        raise T2IError(f"Expected a {NEGATIVE} for each of {len(prompts)} prompts but got {len(own)}.")
     repeats = occurrences(prompts)
     for first in range(0, len(jobs), batch_size):
-        batch = jobs[first : first + batch_size]
-        texts = [(told or prompts)[row] for row, _ in batch]
-        # One generator per image is diffusers' own way to make an image independent of its batch mates.
-        generators = [sample_generator(seed, prompts[row], repeats[row], particle) for row, particle in batch]
-        if own is not None:
-            call[NEGATIVE] = [own[row] for row, _ in batch]
-        elif isinstance(general, str):  # Qwen-Image takes a single text for a batch of one
-            call[NEGATIVE] = [general] * len(texts)
-        images = pipe(texts, generator=generators, output_type="pil", **call).images
-        for (row, particle), image in zip(batch, images, strict=True):
-            yield Sample(row, prompts[row], particle, image)
+        batch, made = jobs[first : first + batch_size], dict[tuple[int, int], Image.Image]()
+        for missing in (False, True):  # a batch has negative prompts for all or for none
+            part = [(row, particle) for row, particle in batch if (own[row] is None) is missing]
+            if not part:
+                continue
+            # One generator per image is diffusers' own way to make an image independent of its batch mates.
+            generators = [sample_generator(seed, prompts[row], repeats[row], particle) for row, particle in part]
+            texts = [(told or prompts)[row] for row, _ in part]
+            more = repeated(call, len(part)) | ({} if missing else {NEGATIVE: [own[row] for row, _ in part]})
+            made |= zip(part, pipe(texts, generator=generators, output_type="pil", **more).images, strict=True)
+        for row, particle in batch:
+            yield Sample(row, prompts[row], particle, made[row, particle])
+
+
+def repeated(call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Keywords of a pipeline for a batch: texts for other encoders, such as `prompt_2`, one for each image."""
+    return {k: [v] * count if k.startswith(MORE_TEXTS) and isinstance(v, str) else v for k, v in call.items()}
 
 
 def sample_generator(seed: int, prompt: str, repeat: int, particle: int) -> torch.Generator:

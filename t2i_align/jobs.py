@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -27,10 +28,10 @@ from t2i_align.pipelines import (
 )
 from t2i_align.pipelines.catalog import guidance_keyword, steps_note
 from t2i_align.pipelines.loading import default_dtype
-from t2i_align.pipelines.models import GUIDANCE, find_model
+from t2i_align.pipelines.models import find_model
 from t2i_align.playground.grammar import CaptionError, parse
 from t2i_align.progress import Progress
-from t2i_align.prompts import NEGATIVE, Prompts, negatives
+from t2i_align.prompts import NEGATIVE, Prompts
 from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class GenerateJob(Settings):
     def resolved(self: J, device_type: str = "cpu") -> J:
         """The same with what suits the pipeline, on such a device, filled in."""
         call = self.call()
-        guidance = next((call[keyword] for keyword in GUIDANCE if keyword in call), None)
+        guidance = call.get(guidance_keyword(self.pipeline))
         update = {"steps": call.get("num_inference_steps"), "guidance": guidance}
         update |= {"height": call.get("height"), "width": call.get("width")}
         return self.model_copy(update=update | {"dtype": self.dtype or default_dtype(self.pipeline, device_type)})
@@ -115,8 +116,10 @@ def call_notes(job: GenerateJob, pipe: DiffusionPipeline) -> Iterator[str]:
     if find_model(job.pipeline) is not None:
         source = "the table of models"
     yield f"{job.pipeline}: {said} (defaults from {source}; --steps, --guidance, --height and --width change them)"
-    if (job.negative or negatives(job.table())) and (guidance or 0) <= 1:
-        yield "a negative prompt acts with a guidance above 1 alone: --guidance, or --keyword true_cfg_scale=4 on some"
+    acting = call["true_cfg_scale"] if "true_cfg_scale" in own else guidance
+    if (job.negative or any(job.columns.get(NEGATIVE, ()))) and (acting or 0) <= 1:
+        said = "--keyword true_cfg_scale=4" if "true_cfg_scale" in own else "--guidance"
+        yield f"a negative prompt acts with a guidance above 1 alone: {said}"
     note = steps_note(job.pipeline, steps)
     if note is not None:
         yield note
@@ -159,12 +162,28 @@ def open_job(
         print(f"note: {line}", file=sys.stderr)
     call = job.call()
     pipe = job.open(device=place, **options)
-    check_call(pipe, call if negatives(job.table()) is None else call | {NEGATIVE: ""})
+    check_call(pipe, call | ({NEGATIVE: ""} if any(job.columns.get(NEGATIVE, ())) else {}))
     folder = open_folder(out, job, resume=resume, overwrite=overwrite)
     for line in call_notes(job, pipe):
         print(f"note: {line}", file=sys.stderr)
     (folder / "images").mkdir(exist_ok=True)
     return Opened(job, pipe, call, folder)
+
+
+@contextmanager
+def keywords_named(job: GenerateJob) -> Iterator[None]:
+    """Name the `keywords` of a job where its pipeline fails with them: nothing checks their values before."""
+    try:
+        yield
+    except T2IError:
+        raise
+    except Exception as error:
+        if not job.keywords:
+            raise
+        said = ", ".join(f"{name}={value}" for name, value in job.keywords.items())
+        raise T2IError(
+            f"{job.pipeline} fails with --keyword {said} ({type(error).__name__}: {' '.join(str(error).split())})."
+        ) from error
 
 
 def image_name(row: int, particle: int) -> str:
@@ -209,7 +228,8 @@ def run_generate(
     else:
         options |= {"steps": call.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
         samples = kernel_samples(Driver(pipe, **call), table, jobs, **options)
-    with Progress(len(table) * job.particles, "generating", start=len(done), batch=batch_size) as progress:
+    progress = Progress(len(table) * job.particles, "generating", start=len(done), batch=batch_size)
+    with keywords_named(job), progress:
         for sample in samples:
             name = image_name(sample.row, sample.particle)
             sample.image.save(folder / name)

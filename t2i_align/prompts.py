@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from t2i_align.data.tables import TABLES, stream_table
 from t2i_align.errors import T2IError
 
 NEGATIVE = "negative_prompt"  # column of prompts, and keyword of pipelines
+MORE_TEXTS = ("prompt_", "negative_prompt_")  # how keywords for second and third text encoders begin
 PROMPT_COLUMNS = ("prompt", "caption", "text", "prompts")  # the last is DrawBench's
 
 
@@ -68,9 +69,12 @@ class Prompts(Sequence[str]):
         )
 
     def __add__(self, other: Prompts) -> Prompts:
-        """The rows of both, one after the other, with the columns that both have."""
+        """The rows of both, one after the other, with the columns that both have, and `negative_prompt` of either."""
         shared = [name for name in self.columns if name in other.columns]
         columns = {name: tuple(self.columns[name]) + tuple(other.columns[name]) for name in shared}
+        if NEGATIVE in self.columns or NEGATIVE in other.columns:
+            parts = (table.columns.get(NEGATIVE, (None,) * len(table)) for table in (self, other))
+            columns[NEGATIVE] = tuple(text for part in parts for text in part)
         return Prompts(self.text + other.text, columns)
 
     def repeat(self, times: int) -> Prompts:
@@ -130,13 +134,17 @@ def read_prompt_file(path: str | Path) -> Prompts:
     return read_prompts(path)
 
 
-def negatives(prompts: Prompts, general: str | None = None) -> list[str] | None:
+def negatives(prompts: Prompts, general: str | None, accepted: Collection[str]) -> list[str | None] | None:
     """What each image should not show: the column `negative_prompt`, and where that is empty the general one.
 
-    None where the table has no such column, or nothing in it.
+    None where the table has no such column, or nothing in it. Of the rows, None is the pipeline's default; a pipeline
+    that `accepted` `true_cfg_scale` guides no batch in which it is missing, so that an empty text takes its place.
     """
     own = prompts.columns.get(NEGATIVE)
-    return None if own is None or not any(own) else [str(text or general or "") for text in own]
+    if own is None or not any(own):
+        return None
+    blank = "" if general is None and "true_cfg_scale" in accepted else general
+    return [str(text) if text else blank for text in own]
 
 
 def occurrences(prompts: Prompts) -> list[int]:
@@ -151,7 +159,8 @@ def occurrences(prompts: Prompts) -> list[int]:
 
 def find_column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
     """The column whose name is the first of `wanted` that there is, in capitals or not."""
-    known = {name.lower(): name for name in reversed(list(names))}
+    every = list(names)
+    known = {name.lower(): name for name in reversed(every)} | {name: name for name in every}
     return next((known[name] for name in wanted if name in known), None)
 
 

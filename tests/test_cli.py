@@ -100,17 +100,22 @@ def test_negative_prompts_and_keywords_of_the_pipeline(cli, tmp_path):
         "keyword": ("a red circle", "--keyword", "guidance_rescale=0.7", *guided),
         "none": ("a red circle", *guided),
         "steered": (table, *guided, "--steer", "best_of_n", "--rewards", "verifier"),
+        "steered alike": ("a red circle", *guided, "--steer", "best_of_n", "--rewards", "verifier"),
     }
     made = {}
     for name, words in asked.items():
         assert cli("generate", *words, "--out", tmp_path / name)[0] == 0
         made[name] = pixels(tmp_path / name / "images/00000-000.png")
     assert (made["column"] == made["option"]).all()
-    for name in ("keyword", "column"):
-        assert abs(made[name] - made["none"]).max() > 5
+    for name, other in {"keyword": "none", "column": "none", "steered": "steered alike"}.items():
+        assert abs(made[name] - made[other]).max() > 5
     for name in ("column", "steered"):
         config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
         assert config["columns"] == {"negative_prompt": ["a blue square"]}
+    words = ("generate", "a red circle", "--keyword", "guidance_rescale=abc", *guided)
+    code, _, err = cli(*words, "--out", tmp_path / "x")
+    assert code == 2
+    assert "fails with --keyword guidance_rescale=abc (TypeError" in err.splitlines()[-1]
     idle = ("generate", "a red circle", "--negative", "x", *guided[:4])
     assert "acts with a guidance above 1" not in cli(*idle, "--out", tmp_path / "a")[2]  # tiny-sd's own is 1.5
     assert "acts with a guidance above 1" in cli(*idle, "--guidance", "1", "--out", tmp_path / "b")[2]
@@ -163,6 +168,8 @@ def test_a_size_that_the_latents_cannot_have_is_said(cli, tmp_path):
         (["generate", "a red circle", "--out", "x", "--keyword", "height=9"], "Expected --height in the place of"),
         (["generate", "a red circle", "--out", "x", "--keyword", "eta"], "KEY=VALUE"),
         (["generate", "a red circle", "--out", "x", "--keyword", "etta=1"], "Did you mean 'eta'"),
+        (["generate", "a red circle", "--out", "x", "--keyword", "eta=[1"], "with YAML as value"),
+        (["generate", "a", "--out", "x", "--keyword", "guidance_scale=2", "--guidance", "2"], "but got both"),
         (["score", ".", "--rewards", "verifer", "--out", "x.parquet"], "Did you mean 'verifier'"),
         (["score", ".", "--rewards", "2*verifier", "--out", "x.parquet"], "spaces around"),
         (["score", ".", "--rewards", "verifier", "--out", "x.parquet"], "no images"),

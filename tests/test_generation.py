@@ -5,7 +5,8 @@ from PIL import Image
 
 import t2i_align as t2i
 from t2i_align.generation import generate_samples
-from t2i_align.jobs import GenerateJob, run_generate
+from t2i_align.jobs import GenerateJob, call_notes, run_generate
+from t2i_align.pipelines import Driver
 from t2i_align.pipelines.toy import toy_pipeline
 from t2i_align.prompts import Prompts
 from tests.families import FAMILIES
@@ -61,6 +62,36 @@ def test_a_column_of_negative_prompts_goes_before_the_general_one(pipe):
     assert abs(arrays(both) - plain).max() > 30
     with pytest.raises(t2i.pipelines.PipelineError, match="takes no 'negative_prompt'"):
         t2i.generate(toy_pipeline(size=8), Prompts(("0",), {"negative_prompt": ("1",)}), steps=2)
+
+
+def test_rows_without_a_negative_prompt_keep_the_pipeline_s_default():
+    """SDXL's unguided branch without one is zero, not the embedding of an empty text."""
+    pipe = FAMILIES["sdxl"]().pipe
+    call = {"steps": 2, "guidance": 4.0, "seed": 3}
+    table = Prompts(("a cat", "a dog", "a cat"), {"negative_prompt": ("blurry", None, "")})
+    mixed = arrays(t2i.generate(pipe, table, **call))
+    plain = arrays(t2i.generate(pipe, ["a cat", "a dog", "a cat"], **call))
+    assert abs(mixed[0] - plain[0]).max() > 2
+    assert abs(mixed[1:] - plain[1:]).max() <= 1
+    driver = Driver(pipe, guidance_scale=4.0)
+    cond, alone = driver.encode(table), driver.encode(table.text)
+    x = driver.start(cond, 2, seed=0)
+    with torch.no_grad():
+        guided, default = driver.predict(x, 0, cond, 2), driver.predict(x, 0, alone, 2)
+    torch.testing.assert_close(guided[1:], default[1:])
+    assert (guided[0] - default[0]).abs().max() > 1e-4
+    one = arrays(t2i.generate(pipe, ["a cat", "a dog"], prompt_2="a style", **call))
+    assert abs(one - plain[:2]).max() > 2
+    assert driver.encode(table.text, prompt_2="a style").call(0)[0].shape == alone.call(0)[0].shape
+
+
+def test_flux_wants_another_guidance_for_negative_prompts(tmp_path):
+    FAMILIES["flux-dev"]().pipe.save_pretrained(tmp_path / "flux")
+    job = GenerateJob(prompts=("a",), pipeline=str(tmp_path / "flux"), negative="blurry")
+    call = job.model_copy(update={"keywords": {"true_cfg_scale": 4}}).resolved().call()
+    assert (call["true_cfg_scale"], "guidance_scale" in call) == (4, False)
+    pipe = t2i.load_pipeline(tmp_path / "flux")
+    assert any("--keyword true_cfg_scale=4" in note for note in call_notes(job, pipe))
 
 
 def test_an_alias_brings_its_defaults():

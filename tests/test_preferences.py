@@ -51,6 +51,7 @@ def test_pick_a_pic_with_ties_and_rows_that_cannot_serve(tmp_path):
     judged = pyarrow.array([True] * 5 + [False])
     table = pyarrow.Table.from_pylist(rows).append_column("has_label", judged)
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet", row_group_size=2)
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "a-shard-without-rows.parquet")
     found = read_preferences(tmp_path)  # a folder with parquet files
     assert [pair.label for pair in found.pairs()] == [1.0, 0.5, 0.0]
     colors = [[open_image(i).getpixel((0, 0)) for i in (p.image_0, p.image_1)] for p in found.pairs()]

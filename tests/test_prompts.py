@@ -109,7 +109,7 @@ def test_parquet(tmp_path):
 
 def test_sets_of_prompts_as_they_are_published(tmp_path):
     files = {
-        "parti.tsv": "Prompt\tCategory\tChallenge\tNote\na cat, asleep\tAnimals\tBasic\t\n",
+        "parti.tsv": 'Prompt\tCategory\tChallenge\tNote\n"a cat", asleep\tAnimals\tBasic\t\n',
         "drawbench.csv": 'Prompts,Category\n"a cat, asleep",Colors\n',
         "refl.json": '[{"text": "a cat, asleep", "image": "x.png"}]',
         "anime.json": '["a cat, asleep"]',  # HPSv2
@@ -124,7 +124,8 @@ def test_sets_of_prompts_as_they_are_published(tmp_path):
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-        assert read_prompts(tmp_path / name) == Prompts(("a cat, asleep",), columns[name])
+        said = '"a cat", asleep' if name == "parti.tsv" else "a cat, asleep"  # its quotes are the prompts' own
+        assert read_prompts(tmp_path / name) == Prompts((said,), columns[name])
     (tmp_path / "styles.json").write_text('{"anime": ["a"]}')
     with pytest.raises(T2IError, match="to be a list of objects or of texts"):
         read_prompts(tmp_path / "styles.json")
@@ -141,6 +142,13 @@ def test_prompt_column_goes_before_caption_and_text():
     assert find_column(["text", "caption", "Prompt"], ("prompt", "caption", "text")) == "Prompt"
     assert find_column(["prompt", "caption"], ("caption", "prompt")) == "caption"
     assert find_column(["prompt"], ("file",)) is None
+    assert find_column(["Prompt", "prompt"], ("prompt",)) == "prompt"
+
+
+def test_tables_that_are_joined_keep_the_negative_prompts_of_either():
+    one, other = Prompts(("a",), {"negative_prompt": ("x",), "seed": (1,)}), Prompts(("b",), {"tag": (2,)})
+    assert (one + other) == Prompts(("a", "b"), {"negative_prompt": ("x", None)})
+    assert (other + one).columns == {"negative_prompt": (None, "x")}
 
 
 @pytest.mark.parametrize("name", ["no.txt", "no.jsonl", "no.csv", "no.parquet"])

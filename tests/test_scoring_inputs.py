@@ -274,6 +274,14 @@ def test_parquet_files_with_images_inside(tmp_path, monkeypatch):
     assert table[1]["image"] == str(folder / "train-0.parquet" / "1" / "image")
     assert "Cannot read the image" in table[3]["error"]
     assert brightness(score(open_rows(tmp_path / "s.jsonl"), tmp_path / "again.jsonl")) == [10, 20, 30, None, 40]
+    pyarrow.parquet.write_table(one.slice(0, 0), folder / "train-2.parquet")  # an empty shard
+    spark = tmp_path / "out.parquet"
+    spark.mkdir()
+    pyarrow.parquet.write_table(one, spark / "PART-0.PARQUET")
+    assert brightness(score(open_rows(spark), tmp_path / "spark.jsonl")) == [10, 20, 30, None]
+    both = pyarrow.table({"file_name": ["1.png"], "img": [png(50)]})
+    pyarrow.parquet.write_table(both, tmp_path / "named.parquet")
+    assert brightness(score(open_rows(tmp_path / "named.parquet"), tmp_path / "named.jsonl")) == [50]
     monkeypatch.chdir(folder)
     assert [row.prompt for row in open_rows("train-0.parquet")] == ["a", "b", "c", "d"]
     assert [str(row.image) for row in open_rows("train-{1..1}.parquet", "p")] == ["train-1.parquet/0/picture"]

@@ -182,7 +182,10 @@ class Study(Runs):
         if cell.guard in MADE:
             networks = cell.networks(self.work)
             if not (networks.folder / "README.md").is_file():  # the last that their training writes
-                train_scorer(networks, resume=True)
+                made = [checkpoints(networks.folder / f"member-{n}") for n in range(networks.ensemble.members)]
+                spent = sum(read_checkpoint(found[-1])["seconds"] / 60 for found in made if found)
+                if not train_scorer(networks, resume=True, minutes=spent + max(0.0, self.left)).finished:
+                    return None
         config = cell.config(self.work / cell.name)
         done = self.trained(config)
         looks = read_jsonl(config.folder / EVALUATIONS)

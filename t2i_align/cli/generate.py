@@ -130,13 +130,17 @@ def generate(
     ] = None,
 ) -> None:
     """Generate images from prompts; with --steer, steered by rewards."""
-    from t2i_align.pipelines.catalog import check_pipeline
+    from t2i_align.errors import T2IError
+    from t2i_align.pipelines.catalog import check_pipeline, guidance_keyword
     from t2i_align.prompts import read_prompts
 
     check_steering(steer, rewards, settings or [], decoder, save_pairs)
     check_kernel(steer, kernel, choices, shared_start)
     download = check_pipeline(pipeline, revision)
     table, loras = read_prompts(prompts), [read_lora(word) for word in lora or []]
+    keywords = read_keywords(keyword or [])
+    if guidance is not None and guidance_keyword(pipeline) in keywords:
+        raise T2IError(f"Expected --guidance or --keyword {guidance_keyword(pipeline)} but got both.")
     job: dict[str, Any] = {
         "prompts": table.text,
         "pipeline": pipeline,
@@ -144,7 +148,7 @@ def generate(
         "steps": steps,
         "guidance": guidance,
         "negative": negative,
-        "keywords": read_keywords(keyword or []),
+        "keywords": keywords,
         "columns": dict(table.columns),
         "height": height,
         "width": width,
@@ -224,6 +228,8 @@ def check_kernel(steer: str | None, kernel: str | None, choices: bool, shared_st
 
 def read_keywords(words: list[str]) -> dict[str, Any]:
     """Words `key=value`, values read as YAML."""
+    from yaml import YAMLError
+
     from t2i_align.config import parse_yaml
     from t2i_align.errors import T2IError
 
@@ -234,7 +240,10 @@ def read_keywords(words: list[str]) -> dict[str, Any]:
             raise T2IError(f"Expected --keyword KEY=VALUE, such as guidance_rescale=0.7, but got {word!r}.")
         if name.strip() in OPTIONS:
             raise T2IError(f"Expected {OPTIONS[name.strip()]} in the place of --keyword {name.strip()}.")
-        found[name.strip()] = parse_yaml(value)
+        try:
+            found[name.strip()] = parse_yaml(value)
+        except YAMLError as error:
+            raise T2IError(f"Expected --keyword KEY=VALUE with YAML as value but got {word!r}.") from error
     return found
 
 

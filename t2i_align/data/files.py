@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from t2i_align.errors import T2IError
 
+GROUPS = 4  # columns of row groups that are kept: of two columns of pairs the last and the next
+_READING = Lock()
 INDICES = 8  # shards whose indices are kept; a shard of 10,000 members takes about 2 MB
 
 
@@ -102,10 +105,13 @@ def open_bytes(path: str | Path) -> Path | io.BytesIO:
 
 
 def split_cell(path: str | Path) -> tuple[Path, int, str] | None:
-    """`table.parquet/12/jpg_0` -> (`table.parquet`, 12, `jpg_0`); None for a path that names no cell."""
-    head, separator, cell = str(path).replace(os.sep, "/").partition(".parquet/")
-    row, _, column = cell.partition("/")
-    return (Path(head + ".parquet"), int(row), column) if separator and row.isdigit() and column else None
+    """`table.parquet/12/jpg_0` -> (`table.parquet`, 12, `jpg_0`); None for a path that names no cell of a file."""
+    text = str(path).replace(os.sep, "/")
+    for found in re.finditer(r"\.parquet/(\d+)/", text, re.IGNORECASE):
+        table, column = Path(text[: found.start(1) - 1]), text[found.end() :]
+        if column and table.is_file():
+            return table, int(found[1]), column
+    return None
 
 
 def read_cell(table: Path, row: int, column: str) -> bytes:
@@ -117,7 +123,9 @@ def read_cell(table: Path, row: int, column: str) -> bytes:
     try:
         ends = _group_ends(table, table.stat().st_mtime_ns)
         group = next(i for i, end in enumerate(ends) if row < end)
-        value = _group(table, group, column, table.stat().st_mtime_ns)[row - (ends[group - 1] if group else 0)].as_py()
+        with _READING:  # decoders that want one group wait for one reader
+            cells = _group(table, group, column, table.stat().st_mtime_ns)
+        value = cells[row - (ends[group - 1] if group else 0)].as_py()
     except (KeyError, OSError, StopIteration) as error:
         raise FileNotFoundError(f"{table}/{row}/{column}") from error
     value = value.get("bytes") if isinstance(value, dict) else value
@@ -135,7 +143,7 @@ def _group_ends(table: Path, changed: int) -> list[int]:
     return list(accumulate(about.row_group(i).num_rows for i in range(about.num_row_groups)))
 
 
-@lru_cache(maxsize=INDICES)
+@lru_cache(maxsize=GROUPS)
 def _group(table: Path, group: int, column: str, changed: int) -> Any:
     """A column of a row group."""
     import pyarrow.parquet

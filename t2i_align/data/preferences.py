@@ -15,14 +15,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from t2i_align.config import nearest
 from t2i_align.data.files import split_cell, split_member, tar_index, walk
 from t2i_align.data.images import walk_images
-from t2i_align.data.tables import TABLES, Row, stream_table
+from t2i_align.data.tables import TABLES, Row, parquet_columns, stream_table
 from t2i_align.errors import T2IError
 from t2i_align.prompts import Prompts, read_text
 
@@ -344,7 +344,6 @@ def _columns_and_rows(table: Path) -> tuple[list[str], Iterable[tuple[int, Row]]
     """The names of all columns, and the rows with their numbers, from 1; cells with images as names of them."""
     rows = stream_table(table, cells=str(table.absolute()))
     if table.suffix.lower() == ".parquet":  # too large for memory, maybe
-        first = next(rows, {})
-        return list(first), enumerate(chain([first] if first else [], rows), start=1)
+        return parquet_columns(table).names, enumerate(rows, start=1)
     every = list(rows)
     return list(dict.fromkeys(name for row in every for name in row)), enumerate(every, start=1)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from t2i_align.errors import T2IError
 
@@ -44,7 +44,7 @@ def stream_table(path: Path, *, torn: bool = False, cells: str | None = None) ->
         elif kind == ".json":
             yield from _read_json(path)
         else:
-            yield from _read_csv(path, "\t" if kind == ".tsv" else ",")
+            yield from _read_csv(path)
     except UnicodeDecodeError as error:
         raise T2IError(f"The file {path} is not UTF-8 text: {error}.") from error
     except OSError as error:
@@ -79,10 +79,13 @@ def _read_json(path: Path) -> Iterator[Row]:
     yield from ({"text": row} if isinstance(row, str) else row for row in rows)
 
 
-def _read_csv(path: Path, separator: str) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Row]:
+    form: dict[str, Any] = {}
+    if path.suffix.lower() == ".tsv":  # has no quoting: PartiPrompts' quotes belong to the prompts
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            for row in csv.DictReader(file, delimiter=separator):
+            for row in csv.DictReader(file, **form):
                 yield {name: value for name, value in row.items() if name is not None}  # None: cells beyond the header
         except csv.Error as error:
             raise T2IError(f"The file {path} is not a readable {path.suffix[1:]} table: {error}.") from error
@@ -92,7 +95,7 @@ def _read_parquet(path: Path, cells: str | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    held, number = image_columns(path), 0
+    held, number = parquet_columns(path).images, 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if name not in held]
@@ -105,22 +108,40 @@ def _read_parquet(path: Path, cells: str | None) -> Iterator[Row]:
         raise T2IError(f"The file {path} is not a readable parquet file: {error}.") from error
 
 
-def image_columns(path: Path) -> list[str]:
-    """The columns of a parquet file that hold bytes, as they are or as the datasets library writes images.
+class Columns(NamedTuple):
+    """Of a parquet file: the names of all columns, of those that hold images as bytes, of those that hold text."""
 
-    Raises:
-        T2IError: where it cannot be read.
-    """
+    names: list[str]
+    images: list[str]
+    texts: list[str]
+    rows: int
+
+
+def parquet_columns(path: Path) -> Columns:
+    """What a parquet file says of itself. Raises T2IError where it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
+    if not path.is_file():
+        raise T2IError(f"No such file: {path}.")
     try:
-        return [field.name for field in pyarrow.parquet.read_schema(path) if _holds_bytes(field.type)]
+        about = pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise T2IError(f"The file {path} is not a readable parquet file: {error}.") from error
+    fields = list(about.schema.to_arrow_schema())
+    held, texts = ([field.name for field in fields if holds(field.type)] for holds in (_holds_bytes, _holds_text))
+    return Columns([field.name for field in fields], held, texts, about.num_rows)
+
+
+def _holds_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
 
 
 def _holds_bytes(kind: Any) -> bool:
+    """Whether cells are bytes, or what the datasets library writes of images."""
     import pyarrow.types as types
 
     if types.is_struct(kind):

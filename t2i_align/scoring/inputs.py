@@ -12,7 +12,7 @@ from typing import Any
 from t2i_align.config import nearest
 from t2i_align.data.files import braces, file_state, relative_path, walk
 from t2i_align.data.images import walk_images
-from t2i_align.data.tables import TABLES, image_columns, json_line, printable, stream_table
+from t2i_align.data.tables import TABLES, json_line, parquet_columns, printable, stream_table
 from t2i_align.errors import T2IError
 from t2i_align.prompts import PROMPT_COLUMNS, find_column, read_text
 
@@ -133,28 +133,40 @@ def parquet_rows(found: list[Path], prompt: str | None, prompts: str | Path | No
     folder = found[0]
     files = [path for path in walk(folder) if path.suffix.lower() == ".parquet"] if folder.is_dir() else found
     for path in files:
-        yield from _table(path, prompt)
+        if parquet_columns(path).rows:
+            yield from _table(path, prompt)
 
 
 def _table(path: Path, prompt: str | None) -> Rows:
-    """A table; one pass over it checks every cell that must be a path."""
-    torn, held = path.name in LISTINGS, image_columns(path) if path.suffix.lower() == ".parquet" else []
-    names: dict[str, None] = {}
-    for row in stream_table(path, torn=torn, cells=path.name):
-        names |= dict.fromkeys(row)
+    """A table; of one that is no parquet file two passes see that all cells which must be paths are texts."""
+    torn, held = path.name in LISTINGS, list[str]()
+    if path.suffix.lower() == ".parquet":
+        about = parquet_columns(path)
+        names, held = (about.names if about.rows else []), about.images
+    else:
+        names = list(dict.fromkeys(name for row in stream_table(path, torn=torn) for name in row))
     if not names:
         raise T2IError(f"The table {path} has no rows.")
-    image = find_column(names, IMAGE_COLUMNS) or (held[0] if len(held) == 1 else None)
+    image, text = _image_column(names, held), find_column(names, PROMPT_COLUMNS)
     if image is None:
         raise T2IError(f"Expected {path} to have a column {' or '.join(IMAGE_COLUMNS)} but it has {', '.join(names)}.")
-    cells = (row.get(image) for row in stream_table(path, torn=torn, cells=path.name))
-    odd = next((cell for cell in cells if not isinstance(cell, (str, type(None)))), None)
-    if odd is not None:
-        raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got a {type(odd).__name__}.")
-    left_out = {image, find_column(names, PROMPT_COLUMNS), "error", *held}
-    return Rows(
-        "table", partial(_table_rows, path, torn, image, find_column(names, PROMPT_COLUMNS), left_out, prompt), path
-    )
+    if image not in held:
+        if path.suffix.lower() == ".parquet":
+            odd = None if image in about.texts else "of another type"
+        else:
+            cells = (row.get(image) for row in stream_table(path, torn=torn))
+            odd = next((f"a {type(cell).__name__}" for cell in cells if not isinstance(cell, (str, type(None)))), None)
+        if odd is not None:
+            raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got {odd}.")
+    left_out = {image, text, "error", *held}
+    return Rows("table", partial(_table_rows, path, torn, image, text, left_out, prompt), path)
+
+
+def _image_column(names: list[str], held: list[str]) -> str | None:
+    """The column of images: one that holds them, if it has the name for it or is alone; else one of paths."""
+    within = find_column(held, IMAGE_COLUMNS) or (held[0] if len(held) == 1 else None)
+    named = find_column(names, IMAGE_COLUMNS)
+    return named if within is None or (named is not None and named.lower() == "image") else within
 
 
 def _table_rows(

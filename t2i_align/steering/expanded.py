@@ -19,7 +19,7 @@ from t2i_align.pipelines.catalog import guidance_keyword
 from t2i_align.pipelines.cond import Cond
 from t2i_align.pipelines.driver import At, Driver
 from t2i_align.pipelines.grid import Point
-from t2i_align.prompts import Prompts
+from t2i_align.prompts import NEGATIVE, Prompts, negatives
 
 
 def joint_guidance(
@@ -69,7 +69,8 @@ class JointDriver(Driver):
         expansions: prompt -> expanded prompt; a prompt without one is guided by itself, with w1 + w2.
         w1: weight of the prompt.
         w2: weight of its expansion.
-        call: as in `Driver`; a guidance scale among them is not used, a `negative_prompt` is the null.
+        call: as in `Driver`; a guidance scale among them is not used, a `negative_prompt`, or that of
+            the prompts, is the null.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class JointDriver(Driver):
     def predict(self, x: Tensor, at: At, cond: Cond, steps: int = 20, **call: Any) -> Tensor:
         """As `Driver.predict`, jointly guided; `cond` tells the original prompts."""
         longer = self._rows([self.expansions.get(text, text) for text in cond.prompts.text], cond)
-        null = self._rows([self.defaults.get("negative_prompt", "")] * len(cond), cond)
+        general = self.defaults.get(NEGATIVE)
+        own = negatives(cond.prompts, general, self.accepts) or [general] * len(cond)
+        null = self._rows([text or "" for text in own], cond)
         return joint_guidance(self, x, at, cond, longer, null, self.w1, self.w2, steps, **call)
 
     def _rows(self, texts: list[str], cond: Cond) -> Cond:

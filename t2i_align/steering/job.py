@@ -18,7 +18,7 @@ from t2i_align.data.preferences import PAIRS_FILE
 from t2i_align.data.tables import write_table
 from t2i_align.devices import resolve_device
 from t2i_align.errors import T2IError
-from t2i_align.jobs import SHEET_ROWS, GenerateJob, image_name, open_job, write_sheet
+from t2i_align.jobs import SHEET_ROWS, GenerateJob, image_name, keywords_named, open_job, write_sheet
 from t2i_align.pipelines import Driver, load_kernel, preview_pipeline
 from t2i_align.prompts import NEGATIVE, occurrences
 from t2i_align.rewards import check_reward, load_reward
@@ -116,7 +116,8 @@ def run_steer(
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
     if job.decoder is not None:
         ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call)
-    _steer_windows(job, method, ctx, folder)
+    with keywords_named(job):
+        _steer_windows(job, method, ctx, folder)
     return _finish(job, folder, save_pairs)
 
 
