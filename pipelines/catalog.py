@@ -45,6 +45,7 @@ def place_of(name: str | Path) -> Path | str:
         )
     if folder.is_dir():
         run = f": of a run take {folder / 'model'}" if (folder / "model" / INDEX).is_file() else ""
+        run = f": of a run take --lora {folder / 'lora'}" if (folder / "lora").is_dir() else run
         raise PipelineError(f"Expected a diffusers pipeline folder but {folder} has no {INDEX}{run}.")
     if is_hub_id(text):
         return text

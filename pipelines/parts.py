@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,13 +110,31 @@ def add_loras(pipe: DiffusionPipeline, files: Sequence[tuple[Path, float]]) -> N
     names = [f"lora_{index}" for index in range(len(files))]
     for name, (file, _) in zip(names, files, strict=True):
         try:
-            pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True, local_files_only=True)
+            with _quiet():
+                pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
             raise PipelineError(f"Cannot load the LoRA {file}: {' '.join(str(error).split())[:300]}.") from error
         if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
             raise PipelineError(f"{file} holds no LoRA for {type(pipe).__name__}: no weight of it fits.")
     if names:
         pipe.set_adapters(names, [weight for _, weight in files])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' log of errors that are raised too, and of text encoders that a LoRA leaves alone."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR and not record.getMessage().startswith("No LoRA keys associated to")
+
+    loggers = [logging.getLogger(f"diffusers.loaders.{name}") for name in ("peft", "lora_base")]
+    for logger in loggers:
+        logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(passes)
 
 
 def find_vae(source: str | Path, local_files_only: bool) -> Path:

@@ -158,6 +158,8 @@ def read_mapping(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any
     if isinstance(source, Mapping):
         return {name: _copy(value) for name, value in source.items()}
     path = Path(source)
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"Expected a config but {path} is the folder of a run: use {path / 'config.yaml'}.")
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class GenerateJob(Settings):
     particles: int = Field(8, gt=0)
     seed: int = 0
     steps: int | None = Field(None, gt=0)
-    guidance: float | None = None
+    guidance: float | None = Field(None, allow_inf_nan=False)
     negative: str | None = Field(
         None, description="what guidance points away from, where the prompts' table says nothing"
     )
@@ -171,14 +172,17 @@ def open_job(
 
 
 @contextmanager
-def keywords_named(job: GenerateJob) -> Iterator[None]:
-    """Name the `keywords` of a job where its pipeline fails with them: nothing checks their values before."""
+def failing_cleanly(job: GenerateJob, folder: Path) -> Iterator[None]:
+    """Where a job fails before its first image its folder goes, too.
+
+    The `keywords`, whose values nothing checks before, are named where the pipeline fails with them.
+    """
     try:
         yield
-    except T2IError:
-        raise
     except Exception as error:
-        if not job.keywords:
+        if not any((folder / "images").iterdir()):
+            shutil.rmtree(folder)
+        if isinstance(error, T2IError) or not job.keywords:
             raise
         said = ", ".join(f"{name}={value}" for name, value in job.keywords.items())
         raise T2IError(
@@ -229,7 +233,7 @@ def run_generate(
         options |= {"steps": call.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
         samples = kernel_samples(Driver(pipe, **call), table, jobs, **options)
     progress = Progress(len(table) * job.particles, "generating", start=len(done), batch=batch_size)
-    with keywords_named(job), progress:
+    with failing_cleanly(job, folder), progress:
         for sample in samples:
             name = image_name(sample.row, sample.particle)
             sample.image.save(folder / name)

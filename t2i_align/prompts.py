@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.tables import TABLES, stream_table
+from t2i_align.data.tables import BEYOND, TABLES, stream_table
 from t2i_align.errors import T2IError
 
 NEGATIVE = "negative_prompt"  # column of prompts, and keyword of pipelines
@@ -99,6 +99,8 @@ def read_prompts(source: str | Path) -> Prompts:
             raise T2IError(f"Expected a prompt or a file ending in .txt, {', '.join(TABLES)} but got {source}.")
         if not str(source).strip():
             raise T2IError("Expected a prompt but got an empty text.")
+        if _exists(path):
+            raise T2IError(f"Expected a prompt or a file ending in .txt, {', '.join(TABLES)} but got {source}.")
         try:
             str(source).encode()
         except UnicodeEncodeError as error:
@@ -110,6 +112,9 @@ def read_prompts(source: str | Path) -> Prompts:
     else:
         rows = list(stream_table(path))
         names = dict.fromkeys(name for row in rows for name in row)
+        if BEYOND in names:
+            number = next(number for number, row in enumerate(rows, start=1) if BEYOND in row)
+            raise T2IError(f"Row {number} of {path} has more cells than the header: put texts with commas in quotes.")
         column = find_column(names, PROMPT_COLUMNS)
         if column is None and rows:
             known = " or ".join(PROMPT_COLUMNS)
@@ -119,6 +124,14 @@ def read_prompts(source: str | Path) -> Prompts:
     if not len(table):
         raise T2IError(f"The file {path} has no prompts.")
     return table
+
+
+def _exists(path: Path) -> bool:
+    """Whether it is there; prompts may be no path at all."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read_prompt_file(path: str | Path) -> Prompts:

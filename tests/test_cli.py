@@ -116,6 +116,7 @@ def test_negative_prompts_and_keywords_of_the_pipeline(cli, tmp_path):
     code, _, err = cli(*words, "--out", tmp_path / "x")
     assert code == 2
     assert "fails with --keyword guidance_rescale=abc (TypeError" in err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
     idle = ("generate", "a red circle", "--negative", "x", *guided[:4])
     assert "acts with a guidance above 1" not in cli(*idle, "--out", tmp_path / "a")[2]  # tiny-sd's own is 1.5
     assert "acts with a guidance above 1" in cli(*idle, "--guidance", "1", "--out", tmp_path / "b")[2]

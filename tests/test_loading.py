@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 import t2i_align as t2i
+from t2i_align.config import ConfigError, TrainConfig, load_config
 from t2i_align.pipelines import PipelineError, call_defaults, call_keywords, load_pipeline
 from t2i_align.pipelines.catalog import guidance_keyword, steps_note
 from t2i_align.pipelines.loading import ALIASES, default_dtype
@@ -124,12 +125,17 @@ def test_unknown_pipelines_are_refused_in_a_sentence(name, message, tmp_path, mo
 
 def test_the_folder_of_a_run_is_told_from_its_result(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "lora").mkdir()
     (tmp_path / "run" / "model" / "model_index.json").write_text("{}")
     with pytest.raises(PipelineError, match="of a run take .*run/model"):
         load_pipeline(tmp_path / "run")
+    (tmp_path / "run" / "lora").mkdir()
+    with pytest.raises(PipelineError, match="of a run take --lora .*run/lora"):
+        load_pipeline(tmp_path / "run")
     with pytest.raises(PipelineError, match="of a run take .*run/lora"):
         load_pipeline("tiny-sd", lora=tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="use .*run/config.yaml"):
+        load_config(TrainConfig, tmp_path / "run")
 
 
 def test_a_pipeline_that_cannot_be_opened_is_named(tmp_path):

@@ -131,6 +131,21 @@ def test_sets_of_prompts_as_they_are_published(tmp_path):
         read_prompts(tmp_path / "styles.json")
 
 
+def test_a_comma_without_quotes_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,seed\na red circle,1\na red circle, left of a square,2\n")
+    with pytest.raises(T2IError, match="Row 2 of .*p.csv has more cells than the header"):
+        read_prompts(tmp_path / "p.csv")
+
+
+def test_a_file_of_another_kind_is_no_prompt(tmp_path, monkeypatch):
+    (tmp_path / "notes.md").write_text("a red circle")
+    monkeypatch.chdir(tmp_path)
+    for source in ("notes.md", "."):
+        with pytest.raises(T2IError, match="Expected a prompt or a file ending in"):
+            read_prompts(source)
+    assert read_prompts("a cat. " * 100).text == ("a cat. " * 100,)
+
+
 def test_images_in_a_parquet_file_are_no_columns_of_prompts(tmp_path):
     cell = [{"bytes": b"much", "path": None}]
     table = pyarrow.table({"caption": ["a"], "jpg_0": [b"much"], "image": cell, "seed": [3]})

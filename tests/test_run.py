@@ -572,7 +572,10 @@ def test_a_policy_that_draws_otherwise_than_it_trains_is_found(here):
     [
         ({"method.gruop": 4, "reward": "verifer", "train.stpes": 3}, ["'gruop'", "'verifer'", "'train.stpes'"]),
         ({"method.use": "grop"}, ["Did you mean 'grpo'"]),
-        ({"method.use": "rwr", "method.clip": 1}, ["unknown key 'clip'", "ddpo has clip: method='{use: rwr}' starts"]),
+        (
+            {"method.use": "rwr", "method.clip": 1},
+            ["unknown key 'clip'", "method has clip: method='{use: rwr}' starts"],
+        ),
         ({"method.batch_size": 6}, ["neither divides nor is a multiple of the group of 4"]),
         ({"method.batch_size": 32}, ["expected to divide the 16 images of a round"]),
         ({"method.minibatches": 3, "train.steps": 5}, ["method.minibatches", "train.steps"]),

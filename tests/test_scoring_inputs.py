@@ -289,6 +289,24 @@ def test_parquet_files_with_images_inside(tmp_path, monkeypatch):
     assert open_rows(folder).layout == "folder"
 
 
+def test_rows_of_a_table_that_cannot_be_meant(tmp_path):
+    picture(tmp_path / "a.png", 10)
+    (tmp_path / "t.csv").write_text("image,prompt\na.png,p\na.png,a circle, left of a square\n,p\n")
+    table = score(open_rows(tmp_path / "t.csv"), tmp_path / "s.jsonl")
+    assert brightness(table) == [10, None, None]
+    assert "more cells than the header" in table[1]["error"]
+    assert "nothing in the column 'image'" in table[2]["error"]
+    assert set(table[1]) == set(table[0])
+
+
+def test_images_of_a_parquet_file_may_lie_beside_it(tmp_path):
+    picture(tmp_path / "a.png", 10)
+    cells = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": str(tmp_path / "a.png")}, None]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(cells, kind)}), tmp_path / "x.parquet")
+    assert brightness(score(open_rows(tmp_path / "x.parquet"), tmp_path / "s.jsonl")) == [10, 10, None]
+
+
 def test_files_that_are_no_shards_are_refused(tmp_path):
     (tmp_path / "x.tar").write_text("not a tar file" * 100)
     with pytest.raises(T2IError, match="uncompressed tar"):

@@ -99,7 +99,8 @@ def open_bytes(path: str | Path) -> Path | io.BytesIO:
     """
     cell = split_cell(path)
     if cell is not None:
-        return io.BytesIO(read_cell(*cell))
+        found = read_cell(*cell)
+        return cell[0].parent / found if isinstance(found, str) else io.BytesIO(found)
     parts = split_member(path)
     return Path(path) if parts is None else io.BytesIO(read_member(*parts))
 
@@ -114,8 +115,8 @@ def split_cell(path: str | Path) -> tuple[Path, int, str] | None:
     return None
 
 
-def read_cell(table: Path, row: int, column: str) -> bytes:
-    """The bytes in a cell of a parquet file, or in the `bytes` of one as the datasets library writes images.
+def read_cell(table: Path, row: int, column: str) -> bytes | str:
+    """The bytes in a cell of a parquet file; of one as the datasets library writes images its bytes, or else its path.
 
     Raises:
         FileNotFoundError: no such cell, or one without bytes.
@@ -128,7 +129,7 @@ def read_cell(table: Path, row: int, column: str) -> bytes:
         value = cells[row - (ends[group - 1] if group else 0)].as_py()
     except (KeyError, OSError, StopIteration) as error:
         raise FileNotFoundError(f"{table}/{row}/{column}") from error
-    value = value.get("bytes") if isinstance(value, dict) else value
+    value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if not value:
         raise FileNotFoundError(f"{table}/{row}/{column}")
     return value

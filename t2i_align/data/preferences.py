@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from t2i_align.config import nearest
 from t2i_align.data.files import split_cell, split_member, tar_index, walk
 from t2i_align.data.images import walk_images
-from t2i_align.data.tables import TABLES, Row, parquet_columns, stream_table
+from t2i_align.data.tables import BEYOND, TABLES, Row, parquet_columns, stream_table
 from t2i_align.errors import T2IError
 from t2i_align.prompts import Prompts, read_text
 
@@ -284,6 +284,8 @@ def find_layout(names: Sequence[str], columns: Mapping[str, str] | None, source:
 
 def _read_row(row: Row, layout: Mapping[str, str], root: Path) -> Ranking:
     """One row as a ranking. Raises T2IError, TypeError or ValueError for one that cannot serve."""
+    if BEYOND in row:
+        raise T2IError("more cells than the header: put texts with commas in quotes")
     values: dict[str, Any] = {field: row.get(name) for field, name in layout.items()}
     absent = [layout[field] for field in values if values[field] is None and field != "label_1"]
     if absent:

@@ -16,6 +16,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+BEYOND = "cells beyond the header"  # column of a csv row that has more of them: a text with a comma lacks quotes
 BLOCK = 4096  # rows of a parquet row group, and in memory at once
 
 
@@ -85,8 +86,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            for row in csv.DictReader(file, **form):
-                yield {name: value for name, value in row.items() if name is not None}  # None: cells beyond the header
+            yield from csv.DictReader(file, restkey=BEYOND, **form)
         except csv.Error as error:
             raise T2IError(f"The file {path} is not a readable {path.suffix[1:]} table: {error}.") from error
 

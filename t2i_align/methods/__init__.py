@@ -49,11 +49,10 @@ def read_method(block: Mapping[str, Any]) -> tuple[type[OnPolicy], SamplingSetti
         return method_class(use), load_config(kind, given)
     except ConfigError as error:
         strange = set(given) - set(kind.model_fields)
-        owner = next((name for name in METHODS if strange <= set(settings_class(name).model_fields)), None)
-        if not strange or owner is None:
+        if not strange or not any(strange <= set(settings_class(name).model_fields) for name in METHODS):
             raise
         fresh = f"method='{{use: {use}}}' starts from {use}'s own settings"
-        raise ConfigError(f"{error} {owner} has {', '.join(sorted(strange))}: {fresh}.") from error
+        raise ConfigError(f"{error} Another method has {', '.join(sorted(strange))}: {fresh}.") from error
 
 
 def settings_class(name: str) -> type[SamplingSettings]:

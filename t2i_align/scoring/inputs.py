@@ -12,7 +12,7 @@ from typing import Any
 from t2i_align.config import nearest
 from t2i_align.data.files import braces, file_state, relative_path, walk
 from t2i_align.data.images import walk_images
-from t2i_align.data.tables import TABLES, json_line, parquet_columns, printable, stream_table
+from t2i_align.data.tables import BEYOND, TABLES, json_line, parquet_columns, printable, stream_table
 from t2i_align.errors import T2IError
 from t2i_align.prompts import PROMPT_COLUMNS, find_column, read_text
 
@@ -158,7 +158,7 @@ def _table(path: Path, prompt: str | None) -> Rows:
             odd = next((f"a {type(cell).__name__}" for cell in cells if not isinstance(cell, (str, type(None)))), None)
         if odd is not None:
             raise T2IError(f"Expected the column {image!r} of {path} to hold paths but got {odd}.")
-    left_out = {image, text, "error", *held}
+    left_out = {image, text, "error", BEYOND, *held}
     return Rows("table", partial(_table_rows, path, torn, image, text, left_out, prompt), path)
 
 
@@ -175,7 +175,10 @@ def _table_rows(
     for row in stream_table(path, torn=torn, cells=path.name):
         said = row.get(text or "")
         rest = {name: value for name, value in row.items() if name not in left_out}
-        yield Row(path.parent / (row.get(image) or ""), prompt if said in (None, "") else str(said), rest)
+        problem = None if row.get(image) else f"The row has nothing in the column {image!r}"
+        if BEYOND in row:
+            problem = "The row has more cells than the header: put texts with commas in quotes"
+        yield Row(path.parent / (row.get(image) or ""), prompt if said in (None, "") else str(said), rest, problem)
 
 
 @dataclass(frozen=True)

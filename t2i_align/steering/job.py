@@ -18,7 +18,7 @@ from t2i_align.data.preferences import PAIRS_FILE
 from t2i_align.data.tables import write_table
 from t2i_align.devices import resolve_device
 from t2i_align.errors import T2IError
-from t2i_align.jobs import SHEET_ROWS, GenerateJob, image_name, keywords_named, open_job, write_sheet
+from t2i_align.jobs import SHEET_ROWS, GenerateJob, failing_cleanly, image_name, open_job, write_sheet
 from t2i_align.pipelines import Driver, load_kernel, preview_pipeline
 from t2i_align.prompts import NEGATIVE, occurrences
 from t2i_align.rewards import check_reward, load_reward
@@ -114,9 +114,9 @@ def run_steer(
     job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     rows = call.pop("num_inference_steps")
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
-    if job.decoder is not None:
-        ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call)
-    with keywords_named(job):
+    with failing_cleanly(job, folder):
+        if job.decoder is not None:
+            ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call)
         _steer_windows(job, method, ctx, folder)
     return _finish(job, folder, save_pairs)
 
