@@ -120,7 +120,7 @@ def need_findings(lines: Sequence[Line]) -> Iterator[str]:
             said += f": {'at most ' * missed}{share:.2f} of them" + " on the seeds of both" * (
                 len(both) < len(against.seeds)
             )
-            if len(both) > 1 and not missed:
+            if len(both) > 2 and not missed:  # of two seeds it says nothing
                 low, most = ratio_interval(need, against, both)
                 said += f" (95 % interval over {len(both)} seeds: {low:.2f} to {most:.2f})"
         if reward == "clip":
