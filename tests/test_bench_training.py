@@ -2,7 +2,7 @@
 
 import json
 import math
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 
 import pytest
 from PIL import Image
