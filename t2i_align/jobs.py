@@ -52,6 +52,8 @@ class GenerateJob(Settings):
     seed: int = 0
     steps: int | None = Field(None, gt=0)
     guidance: float | None = Field(None, allow_inf_nan=False)
+    height: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
     negative: str | None = Field(
         None, description="what guidance points away from, where the prompts' table says nothing"
     )
@@ -59,8 +61,6 @@ class GenerateJob(Settings):
     columns: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict, description="of the prompts' table besides them, those that decide the images"
     )
-    height: int | None = Field(None, gt=0)
-    width: int | None = Field(None, gt=0)
     dtype: str | None = None
     variant: str | None = None
     revision: str | None = None
