@@ -110,7 +110,7 @@ def add_loras(pipe: DiffusionPipeline, files: Sequence[tuple[Path, float]]) -> N
     names = [f"lora_{index}" for index in range(len(files))]
     for name, (file, _) in zip(names, files, strict=True):
         try:
-            with _quiet():
+            with quiet_loading():
                 pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
             raise PipelineError(f"Cannot load the LoRA {file}: {' '.join(str(error).split())[:300]}.") from error
@@ -121,7 +121,7 @@ def add_loras(pipe: DiffusionPipeline, files: Sequence[tuple[Path, float]]) -> N
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without diffusers' log of errors that are raised too, and of text encoders that a LoRA leaves alone."""
 
     def passes(record: logging.LogRecord) -> bool:

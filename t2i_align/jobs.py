@@ -6,7 +6,7 @@ import inspect
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -33,7 +33,7 @@ from t2i_align.pipelines.models import find_model
 from t2i_align.playground.grammar import CaptionError, parse
 from t2i_align.progress import Progress
 from t2i_align.prompts import NEGATIVE, Prompts
-from t2i_align.runs import append_jsonl, open_folder, read_jsonl, write_jsonl
+from t2i_align.runs import CONFIG, ENVIRONMENT, append_jsonl, open_folder, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     import torch
@@ -172,16 +172,21 @@ def open_job(
 
 
 @contextmanager
-def failing_cleanly(job: GenerateJob, folder: Path) -> Iterator[None]:
-    """Where a job fails before its first image its folder goes, too.
+def failing_cleanly(job: GenerateJob, folder: Path, resume: bool) -> Iterator[None]:
+    """Where a new job fails before its first image what it put into its folder goes, too, and nothing else.
 
     The `keywords`, whose values nothing checks before, are named where the pipeline fails with them.
     """
     try:
         yield
     except Exception as error:
-        if not any((folder / "images").iterdir()):
-            shutil.rmtree(folder)
+        if not resume and not any((folder / "images").iterdir()):
+            for name in ("images", "history", "prompts"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in (CONFIG, ENVIRONMENT, "results.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # where something else lies, or it is the current folder
+                folder.rmdir()
         if isinstance(error, T2IError) or not job.keywords:
             raise
         said = ", ".join(f"{name}={value}" for name, value in job.keywords.items())
@@ -233,7 +238,7 @@ def run_generate(
         options |= {"steps": call.pop("num_inference_steps"), "kernel": kernel, "shared_start": job.shared_start}
         samples = kernel_samples(Driver(pipe, **call), table, jobs, **options)
     progress = Progress(len(table) * job.particles, "generating", start=len(done), batch=batch_size)
-    with failing_cleanly(job, folder), progress:
+    with failing_cleanly(job, folder, resume), progress:
         for sample in samples:
             name = image_name(sample.row, sample.particle)
             sample.image.save(folder / name)

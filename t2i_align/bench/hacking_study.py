@@ -37,6 +37,7 @@ from t2i_align.errors import T2IError
 from t2i_align.evaluation import draw
 from t2i_align.methods import read_method
 from t2i_align.pipelines import call_keywords, load_pipeline
+from t2i_align.playground.pick import PickRecipe
 from t2i_align.prompts import Prompts
 from t2i_align.rewards import load_reward
 from t2i_align.runs import environment, read_jsonl, write_text
@@ -77,12 +78,13 @@ CONTROLS = {"warm": "member"}  # what guards are compared with; "none" where it 
 UNGUARDED = "none"
 
 # The networks of warm: tiny_pick's recipe, in another order of the data and at another rate for each.
+PICK = PickRecipe()
 NETWORKS: dict[str, Any] = {
-    "scorer": {"name": PROXY, "use": "tiny_clip", "train": "full", "head": "cosine", "scale": 8.0},
-    "data": {"use": "playground", "prompts": 640, "label_noise": 0.2, "noise": 0.04, "batch": 16},
+    "scorer": {"name": PROXY, "use": "tiny_clip", "train": "full", "head": "cosine", "scale": PICK.scale},
+    "data": {"use": "playground"} | PICK.model_dump(include={"prompts", "label_noise", "noise", "batch"}),
     "objective": {"ties": "drop"},
     "ensemble": {"members": 3, "bootstrap": False, "learning_rates": (3e-5, 5e-5, 1e-4), "combine": "warm"},
-    "train": {"steps": 120, "schedule": "cosine", "warmup": 10, "weight_decay": 0.05, "ema": 0.98},
+    "train": PICK.train.model_dump(include={"steps", "schedule", "warmup", "weight_decay", "ema"}),
     "evaluate": {"every": 60},
 }
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from t2i_align.pipelines.parts import quiet_loading
 from t2i_align.policy.artefacts import NOTE, PEFT, PORTABLE, PREFIX, is_portable, read_note, times_scale
 from t2i_align.policy.lora import Layers, adaptable, adapter_weights, layers_of
 from t2i_align.policy.path import PolicyError
@@ -96,7 +95,7 @@ def _stock(pipe: DiffusionPipeline, component: str, network: nn.Module, file: Pa
     trial.__dict__.update({name: None for name, part in pipe.components.items() if isinstance(part, nn.Module)})
     trial.__dict__[component] = blank
     try:
-        with _quiet():
+        with quiet_loading():
             trial.load_lora_weights(file, adapter_name="start")
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise PolicyError(f"Cannot open the LoRA {file}: {' '.join(str(error).split())[:300]}.") from error
@@ -115,21 +114,6 @@ def _blank(network: Any) -> nn.Module:
             if p is not None:  # peft puts adapters where the weights are, so they must not stay on "meta"
                 module._parameters[name] = nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
     return blank
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without diffusers' log of an error that is raised too."""
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR
-
-    logger = logging.getLogger("diffusers.loaders.peft")
-    logger.addFilter(passes)
-    try:
-        yield
-    finally:
-        logger.removeFilter(passes)
 
 
 def _inputs(layer: nn.Linear | nn.Conv2d) -> int:

@@ -114,7 +114,7 @@ def run_steer(
     job, pipe, call, folder = open_job(job, out, place, resume=resume, overwrite=overwrite, **options)
     rows = call.pop("num_inference_steps")
     ctx = Ctx(Driver(pipe, **call), reward, rows, kernel, job.seed, max_batch)
-    with failing_cleanly(job, folder):
+    with failing_cleanly(job, folder, resume):
         if job.decoder is not None:
             ctx.decoder = Driver(preview_pipeline(pipe, job.decoder), **call)
         _steer_windows(job, method, ctx, folder)
