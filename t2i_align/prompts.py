@@ -99,7 +99,7 @@ def read_prompts(source: str | Path) -> Prompts:
             raise T2IError(f"Expected a prompt or a file ending in .txt, {', '.join(TABLES)} but got {source}.")
         if not str(source).strip():
             raise T2IError("Expected a prompt but got an empty text.")
-        if _exists(path):
+        if _is_path(path):
             raise T2IError(f"Expected a prompt or a file ending in .txt, {', '.join(TABLES)} but got {source}.")
         try:
             str(source).encode()
@@ -126,10 +126,10 @@ def read_prompts(source: str | Path) -> Prompts:
     return table
 
 
-def _exists(path: Path) -> bool:
-    """Whether it is there; prompts may be no path at all."""
+def _is_path(path: Path) -> bool:
+    """Whether it names a file or a path to a folder that is there; a word that a folder is called by is a prompt."""
     try:
-        return path.exists()
+        return path.is_file() or (path.is_dir() and (len(path.parts) != 1 or str(path) == ".."))
     except (OSError, ValueError):
         return False
 

@@ -140,7 +140,9 @@ def test_a_comma_without_quotes_is_refused(tmp_path):
 def test_a_file_of_another_kind_is_no_prompt(tmp_path, monkeypatch):
     (tmp_path / "notes.md").write_text("a red circle")
     monkeypatch.chdir(tmp_path)
-    for source in ("notes.md", "."):
+    (tmp_path / "cats" / "old").mkdir(parents=True)
+    assert read_prompts("cats").text == ("cats",)
+    for source in ("notes.md", ".", "..", "cats/old", str(tmp_path)):
         with pytest.raises(T2IError, match="Expected a prompt or a file ending in"):
             read_prompts(source)
     assert read_prompts("a cat. " * 100).text == ("a cat. " * 100,)
